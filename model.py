@@ -1,0 +1,1180 @@
+"""The one shared file: networks, prompts, checkpoints, flow maths, sampler, rewards and sharding for Qwen-Image-2.1.
+
+  1. networks      FlowTransformer (prefix, velocity), VAE
+  2. prompts       Qwen3-VL condition encoder through transformers
+  3. checkpoints   the hub layout: find, load, save
+  4. flow maths    schedule, noise, Eq. 5 step, log-prob, guidance; the sampler and its CUDA graph
+  5. rewards       VLM scorers (Eq. 12) and other sources
+  6. sharding      process group, FSDP2, the slot
+  7. pictures      image grids, the line chart
+
+Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
+weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
+gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is block-causal: text is causal,
+every image sees itself and what precedes it. Text and source images are modulated at t = 0.
+
+Equation numbers are those of the Qwen-Image-2.0-RL report. `python model.py` checks itself on the tiny checkpoint.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+
+# ---- 1. networks ---------------------------------------------------------------------------------------------
+#
+# Axes: B images in a batch · P prompts · S prefix tokens · N target tokens (= h*w latent pixels) · C latent
+# channels · D width · H heads. Notation: x_t = (1-t) x0 + t eps, v = eps - x0, t from 1 (noise) to 0.
+
+
+@dataclass
+class Prompt:
+    """One encoded prompt: everything the prefix is made from. `encode` on TextEncoder makes it.
+
+    embeds   (L, E)  text-encoder states, one per encoder token; rows at image slots are ignored
+    slots    L bools, True at an image slot (each stands for 2x2 latents of a source image)
+    sources  normalised latents (C, h, w) of the source images, in slot order; empty for text-to-image
+    """
+
+    embeds: torch.Tensor
+    slots: list
+    sources: list
+
+
+class Prefix(NamedTuple):
+    """What targets need to know of their prompts; computed once, valid for every timestep and every image.
+
+    kv     one (k, v) per block, each (P, H, S, head_dim)
+    rope   (P, N, head_dim/2) complex64, rotary factors of the target tokens
+    mask   (P, 1, 1, S+N) bool, True where a target may look; None when no prompt is padded
+    index  (B,) the prompt of each image; None when there is one prompt, or exactly one per image
+    """
+
+    kv: list
+    rope: torch.Tensor
+    mask: torch.Tensor | None
+    index: torch.Tensor | None
+
+
+def prefix_layout(prompt):
+    """Interleave text tokens and source-image blocks. Returns positions [(frame, y, x)], blocks [id], next position.
+
+    Text advances one position shared by the three axes; an image block freezes the frame axis at the position
+    reached, lays its tokens on a grid centred on zero and then advances the position by its longer side.
+    `blocks` holds -1 for text and the number of the image otherwise.
+    """
+    positions, blocks, position, token = [], [], 0, 0
+    images = iter(enumerate(prompt.sources))
+    while token < len(prompt.slots):
+        if not prompt.slots[token]:
+            positions.append((position, position, position))
+            blocks.append(-1)
+            position, token = position + 1, token + 1
+            continue
+        number, latents = next(images, (None, None))
+        if latents is None:
+            raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source images")
+        height, width = latents.shape[-2:]
+        positions += [(position, *yx) for yx in image_grid(height, width)]
+        blocks += [number] * (height * width)
+        position, token = position + max(height, width), token + height * width // 4
+    return positions, blocks, position
+
+
+def image_grid(height, width):
+    """(y, x) of every latent pixel in raster order, centred on zero."""
+    return [(y - (height - height // 2), x - (width - width // 2)) for y in range(height) for x in range(width)]
+
+
+def rotate(x, rope):
+    """Rotary embedding of adjacent channel pairs, in fp32. x (B, T, H, head_dim), rope (B|1, T, head_dim/2) complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope.unsqueeze(2)).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = nn.RMSNorm(dim // heads, eps=eps)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=eps)
+
+    def forward(self, x, rope, past, index, mask):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)  # (B, T, H, head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
+        keys, values = k, v
+        if past is not None:  # targets: look at the prefix, then at themselves
+            keys = torch.cat([select_prompts(past[0], index, len(x)), k], dim=2)  # (B, H, S+N, head_dim)
+            values = torch.cat([select_prompts(past[1], index, len(x)), v], dim=2)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2)), k, v
+
+
+def select_prompts(x, index, batch):
+    """Rows of a per-prompt tensor (P, ...) for every image of the batch (B, ...)."""
+    return x.expand(batch, *x.shape[1:]) if index is None else x[index]
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+        self.gate_layer = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x):
+        return self.out(F.silu(self.gate_layer(x)) * self.proj(x))
+
+
+class Block(nn.Module):
+    """One transformer block; the same weights serve the prefix stream (past=None) and the target stream."""
+
+    def __init__(self, dim, heads, mlp_ratio, eps):
+        super().__init__()
+        self.attn = Attention(dim, heads, eps)
+        self.img_mlp = SwiGLU(dim, dim * mlp_ratio)
+        self.eps = eps
+
+    def forward(self, h, modulation, rope, past=None, index=None, mask=None):
+        scale1, gate1, scale2, gate2 = modulation  # (B|1, 1, D) each
+        x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale1)
+        x, k, v = self.attn(x, rope, past, index, mask)
+        h = h + gate1 * x
+        x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale2)
+        return h + gate2 * self.img_mlp(x), k, v
+
+
+class ZeroCentredRMSNorm(nn.Module):
+    """RMSNorm that stores scale - 1, computed in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + 1, self.eps).type_as(x)
+
+
+class FlowTransformer(nn.Module):
+    """Qwen-Image-2.1's block-causal flow transformer; parameter names are the checkpoint's.
+
+    Text and source-image tokens are modulated at t=0 and never see the noisy image, so the network splits into a
+    `prefix` computed once per prompt and a `velocity` of the target tokens, which look at the prefix and at
+    themselves. One prefix serves all images of a group and all timesteps, exactly.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        eps = config.get("eps", 1e-6)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({
+            "linear_1": nn.Linear(256, dim, bias=False), "linear_2": nn.Linear(dim, dim, bias=False)})})
+        self.txt_in = nn.ModuleDict({
+            "text_norm": ZeroCentredRMSNorm(config["context_in_dim"], eps),
+            "in_layer": nn.Linear(config["context_in_dim"], dim, bias=False),
+            "out_layer": nn.Linear(dim, dim, bias=False)})
+        self.img_in = nn.Linear(config["in_channels"], dim, bias=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 4 * dim, bias=False))  # one for all blocks
+        self.transformer_blocks = nn.ModuleList(
+            Block(dim, config["num_attention_heads"], config["mlp_ratio"], eps) for _ in range(config["num_layers"]))
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False)})
+        self.proj_out = nn.Linear(dim, config["out_channels"], bias=False)
+        self.eps = eps
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+
+    def embed_time(self, t):
+        """Sinusoid of 1000 t in fp32, cos before sin, then two layers. t (B,) fp32 -> (B, D)."""
+        device = t.device
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+        angles = 1000 * t[:, None] * frequencies  # (B, 128): the one place that fixes the timestep convention
+        embedder = self.time_text_embed["timestep_embedder"]
+        x = torch.cat([angles.cos(), angles.sin()], dim=-1).to(embedder["linear_1"].weight.dtype)
+        return embedder["linear_2"](F.silu(embedder["linear_1"](x)))
+
+    def modulate(self, time):
+        """Scales and gates shared by all blocks: time (B, D) -> four (B, 1, D)."""
+        scale1, gate1, scale2, gate2 = self.modulation(time).unsqueeze(1).chunk(4, dim=-1)
+        return scale1, gate1.tanh(), scale2, gate2.tanh()
+
+    def rope(self, positions):
+        """positions (..., 3) -> complex64 (..., head_dim/2): theta 10^4, axes (frame, y, x)."""
+        angles = []
+        for axis, dim in enumerate(self.config["axes_dims_rope"]):
+            exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+            angles.append(positions[..., axis, None].float() / 10000.0**exponent)
+        angles = torch.cat(angles, dim=-1)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def run_block(self, block, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def prefix(self, prompts, grid):
+        """Keys and values of P prompts, for targets of grid = (h, w) latents.
+
+        Prompts are padded on the right to the longest, S tokens; the causal mask hides padding from every real
+        token and positions are per prompt, so a prompt does not depend on its neighbours. Returns a Prefix.
+        """
+        device, dtype = self.img_in.weight.device, self.img_in.weight.dtype
+        layouts = [prefix_layout(prompt) for prompt in prompts]
+        lengths = [len(blocks) for _, blocks, _ in layouts]
+        size = max(lengths)
+        positions = torch.tensor([p + [(0, 0, 0)] * (size - len(p)) for p, _, _ in layouts], device=device)
+        blocks = torch.tensor([b + [-1] * (size - len(b)) for _, b, _ in layouts], device=device)  # (P, S)
+
+        embeds = torch.cat([p.embeds[~torch.tensor(p.slots, device=p.embeds.device)] for p in prompts]).to(device, dtype)
+        text = self.txt_in["in_layer"](self.txt_in["text_norm"](embeds))
+        text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))  # all text tokens of all prompts, (-, D)
+        real = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+        h = text.new_zeros(len(prompts), size, text.shape[-1])
+        h = h.index_put(((blocks < 0) & real).nonzero(as_tuple=True), text)
+        latents = [source.flatten(1).T for p in prompts for source in p.sources]
+        if latents:
+            image = self.img_in(torch.cat(latents).to(device, dtype))
+            h = h.index_put((blocks >= 0).nonzero(as_tuple=True), image)  # (P, S, D)
+
+        order = torch.arange(size, device=device)
+        causal = order[:, None] >= order
+        same_image = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
+        mask = (causal | same_image).unsqueeze(1)  # (P, 1, S, S)
+        modulation = self.modulate(self.embed_time(torch.zeros(1, device=device)))
+        rope, kv = self.rope(positions), []
+        for block in self.transformer_blocks:
+            h, k, v = self.run_block(block, h, modulation, rope, None, None, mask)
+            kv.append((k, v))
+
+        height, width = grid
+        targets = torch.tensor([[(end, *yx) for yx in image_grid(height, width)] for _, _, end in layouts], device=device)
+        if min(lengths) == size:
+            mask = None
+        else:
+            mask = torch.cat([real, real.new_ones(len(prompts), height * width)], dim=1)[:, None, None]
+        return Prefix(kv, self.rope(targets), mask, None)
+
+    def velocity(self, x, t, prefix):
+        """Velocity of the target tokens, without guidance. x (B, N, C) fp32, t (B,) fp32 -> (B, N, C) fp32."""
+        rope = select_prompts(prefix.rope, prefix.index, len(x))
+        mask = None if prefix.mask is None else select_prompts(prefix.mask, prefix.index, len(x))
+        time = self.embed_time(t)
+        modulation = self.modulate(time)
+        h = self.img_in(x.to(self.img_in.weight.dtype))  # (B, N, D)
+        for block, past in zip(self.transformer_blocks, prefix.kv):
+            h, _, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
+        h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
+        return self.proj_out(h).float()
+
+    def forward(self, x, t, prompts, grid):
+        """Prefix and velocity in one call; image i belongs to prompt i, or all to the only one."""
+        return self.velocity(x, t, self.prefix(prompts, grid))
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels of a (B, C, h, w) map; gamma keeps the checkpoint's trailing singleton axes."""
+
+    def __init__(self, channels, axes=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x):
+        return F.normalize(x.float(), dim=1).type_as(x) * (x.shape[1] ** 0.5 * self.gamma.view(-1, 1, 1))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels, out):
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2, self.conv2 = ChannelNorm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv2(F.silu(self.norm2(h))) + self.conv_shortcut(x)
+
+
+class PixelAttention(nn.Module):
+    """Single-head self-attention over all pixels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = ChannelNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x + self.proj(out.unflatten(2, x.shape[-2:]))
+
+
+class MiddleBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels), ResBlock(channels, channels)])
+        self.attentions = nn.ModuleList([PixelAttention(channels)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, an optional 2x downsampling, and a parameter-free shortcut around both.
+
+    The shortcut averages the 2x2 pixels (and, in temporal stages, an empty earlier frame) of a channel into the
+    output channels: the video autoencoder's shortcut for a single frame.
+    """
+
+    def __init__(self, channels, out, blocks, down, temporal):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks))
+        self.downsampler = nn.ModuleDict({"resample": nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out, out, 3, stride=2))}) if down else None
+        self.out, self.temporal = out, temporal
+
+    def forward(self, x):
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h)
+        if self.downsampler is None:
+            return h + x.unflatten(1, (self.out, -1)).mean(2)
+        pixels = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))  # (B, C, 4, h/2, w/2)
+        if self.temporal:
+            pixels = torch.cat([torch.zeros_like(pixels), pixels], dim=2)
+        shortcut = pixels.flatten(1, 2).unflatten(1, (self.out, -1)).mean(2)
+        return self.downsampler["resample"](h) + shortcut
+
+
+class UpBlock(nn.Module):
+    """Mirror of DownBlock: the shortcut repeats channels into the 2x2 pixels (and the last of two frames)."""
+
+    def __init__(self, channels, out, blocks, up, temporal):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks + 1))
+        self.upsampler = nn.ModuleDict({"resample": nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(out, out, 3, padding=1))}) if up else None
+        self.out, self.frames = out, 2 if temporal else 1
+
+    def forward(self, x):
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h)
+        if self.upsampler is None:
+            return h
+        pixels = x.repeat_interleave(self.out * self.frames * 4 // x.shape[1], dim=1)
+        pixels = pixels.unflatten(1, (self.out, self.frames, 4))[:, :, -1]  # (B, out, 4, h, w)
+        return self.upsampler["resample"](h) + F.pixel_shuffle(pixels.flatten(1, 2), 2)
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels, dims, latent, blocks, temporal):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
+        last = len(dims) - 2
+        self.down_blocks = nn.ModuleList(
+            DownBlock(dims[i], dims[i + 1], blocks, i < last, i < last and temporal[i]) for i in range(last + 1))
+        self.mid_block = MiddleBlock(dims[-1])
+        self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, dims, latent, blocks, temporal):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
+        self.mid_block = MiddleBlock(dims[0])
+        last = len(dims) - 2
+        self.up_blocks = nn.ModuleList(
+            UpBlock(dims[i], dims[i + 1], blocks, i < last, i < last and temporal[i]) for i in range(last + 1))
+        self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Qwen-Image-2.1's autoencoder for one still RGBA image: 16x downsampling, `z_dim` channels, plain 2D operations.
+
+    Its checkpoint is a video model's; the temporal convolutions (`UNUSED_VAE_KEYS`) never act on a single frame.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        base, decoder_base = config["base_dim"], config["decoder_base_dim"] or config["base_dim"]
+        mult, blocks, temporal = config["dim_mult"], config["num_res_blocks"], config["temperal_downsample"]
+        z_dim = config["z_dim"]
+        self.encoder = Encoder(config["in_channels"], [base * m for m in [1] + mult], 2 * z_dim, blocks, temporal)
+        self.quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
+        self.post_quant_conv = nn.Conv2d(z_dim, z_dim, 1)
+        dims = [decoder_base * m for m in [mult[-1]] + mult[::-1]]
+        self.decoder = Decoder(config["out_channels"], dims, z_dim, blocks, temporal[::-1])
+
+    def normalisation(self, device):
+        """Latent mean and std of the config, each (C, 1, 1) fp32."""
+        return (torch.tensor(self.config[key], device=device)[:, None, None] for key in ("latents_mean", "latents_std"))
+
+    def encode(self, images):
+        """images (B, 4, H, W) in [-1, 1] -> normalised latents (B, C, H/16, W/16) fp32, the posterior's mode."""
+        mean, std = self.normalisation(images.device)
+        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        return (moments.float().chunk(2, dim=1)[0] - mean) / std
+
+    def decode(self, latents):
+        """normalised latents (B, C, h, w) -> images (B, 4, 16h, 16w) fp32 in [-1, 1]."""
+        mean, std = self.normalisation(latents.device)
+        latents = (latents.float() * std + mean).to(self.quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latents)).float().clamp(-1, 1)
+
+
+# ---- 2. prompts: Qwen3-VL through transformers ---------------------------------------------------------------
+
+SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def prompt_text(prompt, images=0):
+    """The template the checkpoint was trained with; an empty prompt becomes a space because Qwen has no BOS token."""
+    pictures = " ".join(f"<image{i + 1}>{IMAGE}" for i in range(images))
+    return f"{SYSTEM}<|im_start|>user\n{pictures}{prompt or ' '}<|im_end|>\n<|im_start|>assistant\n"
+
+
+class Processor:
+    """Tokenizer and image processor of a Qwen-VL directory, without the stock class, whose video part needs torchvision."""
+
+    def __init__(self, directory):
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+        self.image_processor = AutoImageProcessor.from_pretrained(directory)
+        self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def __call__(self, texts, images=()):
+        """texts hold one <|image_pad|> per image; images is the flat list of RGB images in the order of the texts.
+
+        Returns the model's keyword arguments as CPU tensors, texts padded on the left.
+        """
+        inputs = {}
+        if images:
+            pixels = self.image_processor(images=list(images), return_tensors="pt")
+            inputs = {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"]}
+            counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
+            texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text) for text in texts]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        inputs |= {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        if images:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.image_token).long()
+        return inputs
+
+
+def load_vlm(directory, device, dtype):
+    """Any image-text-to-text checkpoint transformers knows, frozen."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+
+
+def on_white(image):
+    """What a VLM sees of an RGBA image: its colours over white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+class TextEncoder:
+    """Qwen3-VL as condition encoder: the last layer's output before the final norm, without the system turn."""
+
+    def __init__(self, directory, device, dtype):
+        self.processor = Processor(os.path.join(directory, "processor"))
+        self.vlm = load_vlm(os.path.join(directory, "text_encoder"), device, dtype)
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, prompt, images=()):
+        """One prompt and its source images (as the VAE gets them) -> (embeds (L, E) on the CPU, slots [bool] * L).
+
+        One at a time, so that an embedding never depends on what else was in a batch.
+        """
+        inputs = self.processor([prompt_text(prompt, len(images))], [on_white(image) for image in images])
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        states = []
+        norm = self.vlm.model.language_model.norm
+        hook = norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        try:
+            self.vlm.model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+        ids = inputs["input_ids"][0].tolist()
+        start = self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        user = [i for i, token in enumerate(ids) if token == start][1]  # the system turn is dropped
+        return states[0][0, user:].cpu(), [token == self.processor.image_token for token in ids[user:]]
+
+
+def fit(image, area):
+    """The image resized to about `area` pixels, sides multiples of 32, as RGBA."""
+    ratio = image.width / image.height
+    width = math.sqrt(area * ratio)
+    size = (round(width / 32) * 32, round(width / ratio / 32) * 32)
+    return image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+
+
+def to_pixels(images):
+    """PIL images of one size -> (B, 4, H, W) in [-1, 1]."""
+    return torch.stack([torch.from_numpy(np.array(i.convert("RGBA"))) for i in images]).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def to_images(pixels):
+    """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
+    array = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(rgba) for rgba in array]
+
+
+def encode_prompt(encoder, vae, prompt, sources, area, device):
+    """Text and source images (PIL) -> (Prompt, Prompt without the text), the two branches of guidance.
+
+    The branch without text keeps its images. area: pixels each source is resized to, the output's.
+    """
+    images = [fit(image, area) for image in sources]
+    with torch.no_grad():
+        latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
+    return Prompt(*encoder.encode(prompt, images), latents), Prompt(*encoder.encode(" ", images), latents)
+
+
+# ---- 3. checkpoints ------------------------------------------------------------------------------------------
+#
+# The hub layout: model_index.json, transformer/, vae/, text_encoder/, processor/, scheduler/ (and rewards/ if any).
+
+WEIGHTS = "diffusion_pytorch_model"
+UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")  # temporal; never act on one frame
+SHARD_BYTES = 5 * 10**9
+
+
+def find_model(name):
+    """A local directory or a hub id -> the directory, checked to be a model of this architecture."""
+    directory = Path(name)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(name))
+        except Exception as error:
+            raise FileNotFoundError(f"--model {name}: no such directory, and not to be had from the hub ({error})") from error
+    kind = read_config(directory / "model_index.json").get("_class_name")
+    if kind != "QwenImage21Pipeline":
+        raise ValueError(f"{directory / 'model_index.json'}: architecture {kind!r} is not supported, only QwenImage21Pipeline")
+    return directory
+
+
+def read_config(path, kind=None):
+    """A JSON config; `kind` is the _class_name it must carry."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the directory is not a complete checkpoint") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if kind and config.get("_class_name") != kind:
+        raise ValueError(f"{path}: _class_name is {config.get('_class_name')!r}, expected {kind!r}")
+    return config
+
+
+def weight_files(directory):
+    """{key: file} of a component, from its index or its single file."""
+    index, single = directory / f"{WEIGHTS}.safetensors.index.json", directory / f"{WEIGHTS}.safetensors"
+    if index.exists():
+        return {key: directory / name for key, name in read_config(index)["weight_map"].items()}
+    with open_weights(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_weights(path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the directory is not a complete checkpoint") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated ({error})") from None
+
+
+def load_weights(module, directory, unused=None):
+    """Fill a module's storage from safetensors, in place, in its own dtype and on its own device.
+
+    Keys must be equal as sets, except those that match the pattern `unused`; shapes must be equal and dtypes floating.
+    Each tensor is read on its own; of a sharded parameter a rank reads only its rows, and nothing is communicated.
+    """
+    files, params = weight_files(directory), dict(module.named_parameters())
+    found = {key for key in files if not (unused and unused.search(key))}
+    for title, keys in (("missing", params.keys() - found), ("unexpected", found - params.keys())):
+        if keys:
+            raise ValueError(f"{directory}: {len(keys)} {title} tensors, among them {', '.join(sorted(keys)[:5])}")
+    for path in sorted(set(files.values())):
+        with open_weights(path) as file:
+            present = set(file.keys())
+            for key in sorted(key for key in found if files[key] == path):
+                if key not in present:
+                    raise ValueError(f"{path}: {key} is missing, though the index says it is there")
+                rows, param = file.get_slice(key), params[key]
+                if list(rows.get_shape()) != list(param.shape):
+                    raise ValueError(f"{path}: {key} has shape {rows.get_shape()}, the model wants {list(param.shape)}")
+                if rows.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+                    raise ValueError(f"{path}: {key} is {rows.get_dtype()}, not a floating-point tensor")
+                local, first = local_rows(param)
+                local.copy_(rows[first:first + len(local)])
+    return module
+
+
+@torch.no_grad()
+def local_rows(param):
+    """A parameter's rows on this rank and the number of the first: all of them unless FSDP has sharded it."""
+    if not hasattr(param, "to_local"):
+        return param.data, 0
+    return param.to_local(), dist.get_rank() * len(param) // dist.get_world_size()
+
+
+def transformer_config(root):
+    path = root / "transformer" / "config.json"
+    config = read_config(path, "QwenImage21Transformer2DModel")
+    for key, value in {"patch_size": 1, "causal_condition": True}.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
+    return config
+
+
+def new_transformer(root, dtype):
+    """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
+    with torch.device("meta"):
+        return FlowTransformer(transformer_config(root)).to(dtype)
+
+
+def materialise(module, root, device):
+    """Give a transformer its storage and the checkpoint's weights."""
+    return load_weights(module.to_empty(device=device), root / "transformer")
+
+
+def load_vae(root, device, dtype):
+    """The frozen VAE."""
+    with torch.device("meta"):
+        vae = VAE(read_config(root / "vae" / "config.json", "AutoencoderKLQwenImage21")).to(dtype)
+    return load_weights(vae.to_empty(device=device), root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
+
+
+def save_model(directory, base, transformer, guidance):
+    """Write a model directory in the hub layout: bf16 transformer shards, everything frozen linked to `base`.
+
+    Every rank calls it, rank 0 writes. guidance: the recommended scale, kept in model_index.json. The directory appears
+    under its name only when it is complete.
+    """
+    directory = Path(directory)
+    part = directory.with_name(directory.name + ".part")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:
+        remove(part)
+        (part / "transformer").mkdir(parents=True)
+        for path in base.iterdir():
+            if path.name not in ("transformer", "model_index.json", "rewards"):
+                (part / path.name).symlink_to(path.resolve())
+        index = read_config(base / "model_index.json") | {"_guidance_scale": guidance}
+        write_text(part / "model_index.json", json.dumps(index, indent=2))
+        write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
+    shards, size = [[]], 0
+    for key, param in transformer.named_parameters():
+        if size + 2 * param.numel() > SHARD_BYTES:
+            shards, size = shards + [[]], 0
+        shards[-1].append((key, param))
+        size += 2 * param.numel()
+    names = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [f"{WEIGHTS}.safetensors"]
+    for name, shard_params in zip(names, shards):
+        state = {}
+        for key, param in shard_params:
+            value = param.detach().to(torch.bfloat16)
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if rank == 0:
+                state[key] = value.cpu().contiguous()
+        if rank == 0:
+            save_file(state, part / "transformer" / name, metadata={"format": "pt"})
+    if rank == 0:
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard_params in zip(names, shards) for key, _ in shard_params}
+            index = {"metadata": {"total_size": 2 * sum(p.numel() for p in transformer.parameters())}, "weight_map": weight_map}
+            write_text(part / "transformer" / f"{WEIGHTS}.safetensors.index.json", json.dumps(index, indent=2))
+        remove(directory)
+        part.rename(directory)
+
+
+def write_text(path, text):
+    Path(path).write_text(text + "\n")
+
+
+def remove(directory):
+    if directory.exists():
+        import shutil
+
+        shutil.rmtree(directory)
+
+
+# ---- 4. flow maths and sampler -------------------------------------------------------------------------------
+
+
+def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
+    """The sampling grid t_0 = 1 > ... > t_K = 0 of a FlowMatchEuler scheduler config: (K+1,) fp32.
+
+    tokens: target tokens of one image (they set the dynamic shift). sample_sigmas override `steps` and still pass
+    through the shift, as in diffusers.
+    """
+    unsupported = [k for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas") if scheduler.get(k)]
+    if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
+        raise ValueError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
+    t = np.linspace(1, 1 / steps, steps) if sample_sigmas is None else np.array(sample_sigmas)
+    t = t.astype(np.float32)
+    if scheduler["use_dynamic_shifting"]:
+        low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+        slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+        shift = math.exp(tokens * slope + (scheduler["base_shift"] - slope * low))
+        t = shift / (shift + (1 / t - 1))
+    else:
+        t = scheduler["shift"] * t / (1 + (scheduler["shift"] - 1) * t)
+    if scheduler.get("shift_terminal"):
+        t = 1 - (1 - t) / ((1 - t)[-1] / (1 - scheduler["shift_terminal"]))
+    return torch.cat([torch.from_numpy(t), torch.zeros(1)])
+
+
+def noise_levels(t, steps, noise_level):
+    """sigma_t = a sqrt(t/(1-t)) of the steps to be sampled stochastically, 0 elsewhere: t (K+1,) -> (K,) fp32.
+
+    At t = 1 the formula diverges; the second grid value stands in for it.
+    """
+    sigma = torch.zeros(len(t) - 1)
+    finite = t[:-1].clamp(max=t[1])
+    sigma[steps] = noise_level * (finite / (1 - finite)).sqrt()[steps]
+    return sigma
+
+
+def image_generator(seed, step, prompt_id, image):
+    """The CPU random stream of one image: its initial noise, then the noise of each stochastic step.
+
+    It depends on nothing else: neither batch layout nor world size nor device.
+    """
+    key = hashlib.blake2b(repr((seed, step, prompt_id, image)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+
+
+def sde_mean_std(x, v, t, dt, sigma):
+    """Euler-Maruyama step of Eq. 5: the mean and std of x_{t+dt} given x_t. sigma = 0 is the Euler step of Eq. 3.
+
+    x, v (B, N, C); t, dt < 0, sigma broadcast against them. The SDE runs backward in time, so its drift is that of Eq. 5
+    times dt and its noise is sigma sqrt(-dt). All fp32.
+    """
+    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)                                                       # Eq. 5
+    return x + drift * dt, sigma * (-dt).sqrt()
+
+
+def gaussian_logp(x, mean, std):
+    """log N(x; mean, std^2), averaged over tokens and channels: (B, N, C) -> (B,).
+
+    The mean instead of the joint density's sum keeps the ratio of Eq. 6 comparable across resolutions.
+    """
+    logp = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return logp.mean(dim=(1, 2))
+
+
+def guided_velocity(model, x, t, cond, uncond, cfg):
+    """Classifier-free guidance v_u + cfg (v_c - v_u); without a second prefix, the conditional velocity."""
+    v = model.velocity(x, t, cond)
+    if uncond is None:
+        return v
+    u = model.velocity(x, t, uncond)
+    return u + cfg * (v - u)
+
+
+def denoise_step(model, b):
+    """One sampler step on static buffers `b`, in place: b.x becomes the next state. The definition the graph replays."""
+    t, dt, sigma = b.row
+    v = guided_velocity(model, b.x, t.expand(len(b.x)), b.cond, b.uncond, b.cfg)
+    mean, std = sde_mean_std(b.x, v, t, dt, sigma)
+    b.x.copy_(mean + std * b.noise)
+
+
+def make_prefix(model, prompts, grid):
+    """Prefix of a batch of images, one prompt each: repeated prompts (the same object) are computed once."""
+    unique = list({id(prompt): prompt for prompt in prompts}.values())
+    prefix = model.prefix(unique, grid)
+    if len(unique) in (1, len(prompts)):
+        return prefix
+    row = {id(prompt): i for i, prompt in enumerate(unique)}
+    return prefix._replace(index=torch.tensor([row[id(p)] for p in prompts], device=prefix.rope.device))
+
+
+class Sampler:
+    """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
+
+    A step works on static buffers whose key is their exact shapes; with `graphs` it is captured once per key as a CUDA
+    graph and replayed. Refilling the model's weights in place needs no new capture. `drop` frees buffers and graphs.
+    """
+
+    KEEP = 8  # most recently used shapes
+
+    def __init__(self, model, graphs):
+        self.model, self.graphs = model, graphs
+        self.entries, self.pool = OrderedDict(), None
+
+    def drop(self):
+        """Give the memory of buffers and graphs back; the next call captures anew."""
+        self.entries.clear()
+        self.pool = None
+        if self.graphs:
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def __call__(self, pairs, generators, grid, t, sigma, cfg, keep=()):
+        """Sample one image per pair (Prompt, Prompt without text); images of a prompt share the pair's objects.
+
+        generators: one per image; grid: (h, w) latents; t (K+1,), sigma (K,) as from `timesteps` and `noise_levels`;
+        cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and the states {k: x_k} for k in keep, all fp32.
+        """
+        device, tokens = self.model.img_in.weight.device, grid[0] * grid[1]
+        draw = lambda: torch.stack([  # noqa: E731  drawn on the CPU, so that every device sees the same noise
+            torch.randn(tokens, self.model.config["in_channels"], generator=g) for g in generators]).to(device)
+        cond = make_prefix(self.model, [prompt for prompt, _ in pairs], grid)
+        uncond = make_prefix(self.model, [empty for _, empty in pairs], grid) if cfg != 1 else None
+        x = draw()
+        b = self.buffers(x, cond, uncond)
+        b.x.copy_(x)
+        b.cfg.fill_(cfg)
+        for mine, new in ((b.cond, cond), (b.uncond, uncond)):
+            copy_prefix(mine, new)
+        states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
+        for k, row in enumerate(rows):
+            if k in keep:
+                states[k] = b.x.clone()
+            b.row.copy_(row)
+            if sigma[k] > 0:
+                b.noise.copy_(draw())
+            b.step()
+        if len(rows) in keep:
+            states[len(rows)] = b.x.clone()
+        return b.x.clone(), states
+
+    def buffers(self, x, cond, uncond):
+        shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
+        key = (x.shape, shape(cond), shape(uncond))
+        if key not in self.entries:
+            b = SimpleNamespace(x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=clone_prefix(cond),
+                                uncond=clone_prefix(uncond), row=x.new_tensor([0.5, -0.1, 0.1]), cfg=x.new_ones(()))
+            b.step = lambda: denoise_step(self.model, b)
+            if self.graphs:
+                b.step = self.capture(b.step)
+            self.entries[key] = b
+        self.entries.move_to_end(key)
+        if len(self.entries) > self.KEEP:
+            self.entries.popitem(last=False)
+        return self.entries[key]
+
+    def capture(self, step):
+        """Two warm-up calls off the main stream, then the capture; reward threads may use CUDA meanwhile."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+
+def prefix_tensors(prefix):
+    return [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
+
+
+def clone_prefix(prefix):
+    if prefix is None:
+        return None
+    return Prefix([(k.clone(), v.clone()) for k, v in prefix.kv], *(x if x is None else x.clone() for x in prefix[1:]))
+
+
+def copy_prefix(target, source):
+    if source is not None:
+        for mine, new in zip(prefix_tensors(target), prefix_tensors(source)):
+            mine.copy_(new)
+
+
+def detach_prefix(prefix):
+    """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix graph."""
+    return prefix._replace(kv=[(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.kv])
+
+
+def backward_prefix(prefix, leaves):
+    """Push the gradients that the leaves of `detach_prefix` have gathered through the prefix, once."""
+    tensors, grads = [x for kv in prefix.kv for x in kv], [x.grad for kv in leaves.kv for x in kv]
+    torch.autograd.backward(tensors, grads)
+
+
+# ---- 5. rewards ----------------------------------------------------------------------------------------------
+
+RUBRICS = {
+    "alignment": (
+        "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in this order: "
+        "objects and their number, then attributes (colour, size, shape, material), then spatial relations, then "
+        "actions and poses. If an object is missing, wrong or miscounted, the score is at most 2.\nPrompt: {prompt}"),
+    "aesthetic": (
+        "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful texture, a "
+        "coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. Do not judge what it "
+        "shows."),
+}
+ANSWER = "\nAnswer with <score>N</score>, N from 1 to 5."
+
+@dataclass
+class Reward:
+    """One term R_k of Eq. 13. score(images, prompts, sources) -> one float per image, NaN where scoring failed."""
+
+    name: str
+    weight: float
+    source: str
+    score: Callable
+
+
+def expected_score(logits, tokens):
+    """Eq. 12 with the mass renormalised over the five score tokens: logits (B, V) -> score (B,), mass (B,)."""
+    logits = logits.float()
+    p = logits[:, tokens].softmax(-1)                                                                        # p(s|x,c)
+    mass = (logits[:, tokens].logsumexp(-1) - logits.logsumexp(-1)).exp()
+    return p @ torch.arange(1.0, 6.0, device=p.device), mass                                                 # Eq. 12
+
+
+class VLMScorer:
+    """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
+
+    directory: weights; processor: tokenizer and image processor (the same directory unless the checkpoint's own text
+    encoder is the judge); rubric: what is asked, with {prompt} where the prompt goes. Source images come first.
+    """
+
+    BATCH = 32
+
+    def __init__(self, directory, processor, rubric, device, dtype):
+        self.processor, self.rubric, self.device = Processor(processor), rubric, device
+        self.vlm = load_vlm(directory, device, dtype)
+        self.tokens = score_tokens(self.processor.tokenizer)
+
+    def text(self, prompt, images):
+        return score_text(self.processor.tokenizer, self.rubric, prompt, images)
+
+    @torch.no_grad()
+    def __call__(self, images, prompts, sources):
+        scores = []
+        for first in range(0, len(images), self.BATCH):
+            rows = range(first, min(first + self.BATCH, len(images)))
+            pictures = [[*sources[i], images[i]] for i in rows]
+            texts = [self.text(prompts[i], len(p)) for i, p in zip(rows, pictures)]
+            inputs = self.processor(texts, [on_white(image) for p in pictures for image in p])
+            inputs = {key: value.to(self.device) for key, value in inputs.items()}
+            logits = self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+            scores += expected_score(logits, self.tokens)[0].tolist()
+        return scores
+
+
+def score_tokens(tokenizer):
+    """Token ids of the answers 1..5, each of which must be a single token."""
+    ids = [tokenizer(str(score), add_special_tokens=False).input_ids for score in range(1, 6)]
+    if any(len(i) != 1 for i in ids):
+        raise ValueError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot be read off")
+    return [i[0] for i in ids]
+
+
+def score_text(tokenizer, rubric, prompt, images):
+    """The conversation up to the score token: pictures, rubric, and an answer begun with <score>."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": rubric.replace("{prompt}", prompt) + ANSWER}]
+    chat = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "<score>"
+
+
+def load_rewards(specs, root, device, dtype):
+    """`--reward` values -> [Reward], weights 1/K. NAME, NAME=DIRECTORY or NAME=file.py:function."""
+    rewards = []
+    for spec in specs:
+        name, _, source = spec.partition("=")
+        source = source or (str(root / "rewards" / name) if (root / "rewards" / name).is_dir() else "")
+        if ".py:" in source:
+            score = load_function(source)
+        elif source:
+            config = Path(source) / "reward.json"
+            rubric = read_config(config)["rubric"] if config.exists() else find_rubric(name)
+            score = VLMScorer(source, source, rubric, device, dtype)
+        else:
+            print(f"reward {name}: no {root / 'rewards' / name}, so the checkpoint's own text encoder judges zero-shot")
+            source = str(root / "text_encoder")
+            score = VLMScorer(source, root / "processor", find_rubric(name), device, dtype)
+        rewards.append(Reward(name, 1 / len(specs), source, score))
+    return rewards
+
+
+def find_rubric(name):
+    if name not in RUBRICS:
+        raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or give NAME=file.py:function")
+    return RUBRICS[name]
+
+
+def load_function(source):
+    """file.py:function -> the function (images, prompts, sources) -> [float]."""
+    path, _, name = source.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward {source}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise AttributeError(f"--reward {source}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+# ---- 6. sharding ---------------------------------------------------------------------------------------------
+
+
+def setup():
+    """Process group for any world size, with or without torchrun, CUDA or not: (rank, world, device)."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def compute_dtype(device):
+    """bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def shard(model, device):
+    """FSDP2: blocks, then root. fp32 masters and gradients; bf16 compute on CUDA. The model casts its own inputs, so
+    that the timestep stays fp32. Works at world size 1 too."""
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    world = dist.get_world_size()
+    for name, param in model.named_parameters():
+        if len(param) % world:
+            raise ValueError(f"{name} has {len(param)} rows, which {world} ranks cannot share evenly")
+    for block in model.transformer_blocks:
+        fully_shard(block, mp_policy=mixed)
+    fully_shard(model, mp_policy=mixed)
+    for method in ("prefix", "velocity"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+@torch.no_grad()
+def fill(slot, model):
+    """Gather a sharded model's weights straight into the slot's storage, rounded to its dtype; addresses never change."""
+    model.reshard()  # the root stays gathered after a forward without backward
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    for mine, param in zip(slot.parameters(), model.parameters(), strict=True):
+        rows = param.to_local().to(mine.dtype)
+        if dist.get_world_size() == 1:
+            mine.copy_(rows)
+        else:
+            gather(mine.data, rows.contiguous())
+
+
+def all_gather_list(values):
+    """Every rank's list, concatenated in rank order."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+# ---- 7. pictures ---------------------------------------------------------------------------------------------
+
+
+def image_grid_png(path, rows, labels, width=None):
+    """Save rows of PIL images with a label under each: labels has the rows' shape."""
+    cell = width or max(96, rows[0][0].width)
+    height = cell * rows[0][0].height // rows[0][0].width
+    font, text = ImageFont.load_default(10), 28
+    sheet = Image.new("RGB", (len(rows[0]) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (images, captions) in enumerate(zip(rows, labels)):
+        for x, (image, caption) in enumerate(zip(images, captions)):
+            left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
+            sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
+            draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
+            characters = cell // 6
+            lines = [caption[i:i + characters] for i in range(0, len(caption), characters)][:2]
+            draw.text((left, top + height + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    sheet.save(path)
+
+
+def line_chart(path, series, title, x_label, size=(720, 420)):
+    """Save a line chart as PNG. series: {name: [(x, y), ...]}."""
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+    points = [p for line in series.values() for p in line if all(map(math.isfinite, p))]
+    if not points:
+        return
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
+    right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
+    pad = 0.05 * (high - low)
+    low, high = low - pad, high + pad
+    box = (64, 36, size[0] - 20, size[1] - 48)
+    place = lambda x, y: (box[0] + (x - left) / (right - left) * (box[2] - box[0]),  # noqa: E731
+                          box[3] - (y - low) / (high - low) * (box[3] - box[1]))
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(image)
+    draw.text((box[0], 8), title, fill="black", font=ImageFont.load_default(15))
+    for i in range(6):
+        x, y = left + (right - left) * i / 5, low + (high - low) * i / 5
+        draw.line((*place(left, y), *place(right, y)), fill="#e5e5e5")
+        draw.text((place(left, y)[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+        draw.text((place(x, low)[0], box[3] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
+    draw.rectangle(box, outline="#888888")
+    draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
+    for i, (name, line) in enumerate(series.items()):
+        line = [place(*p) for p in line if all(map(math.isfinite, p))]
+        if len(line) > 1:
+            draw.line(line, fill=colours[i % 6], width=2, joint="curve")
+        draw.rectangle((box[0] + 10, box[1] + 10 + 18 * i, box[0] + 22, box[1] + 20 + 18 * i), fill=colours[i % 6])
+        draw.text((box[0] + 28, box[1] + 8 + 18 * i), name, fill="black", font=font)
+    image.save(path)

@@ -1,0 +1,350 @@
+"""Make the tiny world's checkpoint from nothing: text encoder, VAE, flow transformer, prompts and reward models.
+
+    python tests/tiny/make.py                  # everything, in order, into tests/tiny/model
+    python tests/tiny/make.py --only flow      # one stage; the earlier ones must be there
+
+The result has exactly the layout of Qwen/Qwen-Image-2.1, so the scripts cannot tell it from the real one. The base is
+made mediocre on purpose: a third of its training pictures are blurred, tinted or washed out and some captions are wrong.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import model  # noqa: E402  (sets OMP_WAIT_POLICY before torch is imported)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import trange  # noqa: E402
+
+import world  # noqa: E402
+
+OUT = HERE / "model"
+SEED = 0
+DEGRADED, MISCAPTIONED, DROPPED = 0.35, 0.12, 0.1  # shares of the flow model's training data
+LATENTS = 16
+TRANSFORMER = {
+    "_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": LATENTS, "out_channels": LATENTS,
+    "num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 4, "context_in_dim": 96, "mlp_ratio": 3,
+    "axes_dims_rope": [8, 12, 12], "eps": 1e-6, "causal_condition": True}
+VAE = {
+    "_class_name": "AutoencoderKLQwenImage21", "base_dim": 8, "decoder_base_dim": 8, "z_dim": LATENTS,
+    "dim_mult": [1, 2, 4, 8, 8], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True, True],
+    "dropout": 0.0, "is_residual": True, "in_channels": 4, "out_channels": 4, "patch_size": None,
+    "scale_factor_temporal": 8, "scale_factor_spatial": 16}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
+    "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
+    "max_image_seq_len": 8192, "shift_terminal": 0.02, "time_shift_type": "exponential", "invert_sigmas": False,
+    "stochastic_sampling": False, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+INDEX = {
+    "_class_name": "QwenImage21Pipeline", "_diffusers_version": "0.42.1",
+    "processor": ["transformers", "Qwen3VLProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+    "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage21"],
+    "sample_sigmas": [1 - i / 8 for i in range(8)]}  # 8 steps are as good as 24 here
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+            "<|video_pad|>"]
+CHAT = (  # Qwen-VL's form: every message is a string or a list of image and text parts
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+WORD = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save_bf16(module, path, extra=()):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
+    save_file(state | dict(extra), path, metadata={"format": "pt"})
+
+
+# Training: Muon for matrices inside the network, AdamW for everything else
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised by a Newton-Schulz iteration; convolutions count as matrices."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                wide = x.shape[0] <= x.shape[1]
+                x = x if wide else x.T
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+                x = x if wide else x.T
+                p.add_(x.view_as(p), alpha=-group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5)
+
+
+def optimizers(module, muon_lr, adam_lr, inner=lambda name, p: p.ndim >= 2):
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    return [Muon([p for n, p in named if inner(n, p)], muon_lr),
+            torch.optim.AdamW([p for n, p in named if not inner(n, p)], adam_lr, betas=(0.9, 0.98), weight_decay=0)]
+
+
+def update(opts, loss, progress, decay_from=0.0):
+    """One step of all optimizers; the rate falls linearly to 0 from `decay_from` of the run on."""
+    loss.backward()
+    scale = min(1.0, (1 - progress) / (1 - decay_from))
+    for opt in opts:
+        rates = [group["lr"] for group in opt.param_groups]
+        for group in opt.param_groups:
+            group["lr"] *= scale
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        for group, rate in zip(opt.param_groups, rates):
+            group["lr"] = rate
+
+
+# Text encoder: a Qwen3-VL that learns to caption pictures, repeat captions and foresee edits
+
+
+def make_tokenizer():
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = np.random.default_rng(SEED)
+    texts = world.all_captions() + [world.sample_edit(rng)[1] for _ in range(2000)]
+    texts += [model.prompt_text("", 3), "Describe the image."] * 50 + [r + model.ANSWER for r in model.RUBRICS.values()] * 50
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   padding_side="left", chat_template=CHAT, model_max_length=4096)
+
+
+def save_processor(directory, smallest):
+    """Tokenizer and image processor; `smallest` is the pixel count a picture is enlarged to."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    directory.mkdir(parents=True, exist_ok=True)
+    make_tokenizer().save_pretrained(directory)
+    size = {"shortest_edge": smallest, "longest_edge": 16777216}
+    Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                             size=size).save_pretrained(directory)
+    preprocessor = json.loads((directory / "preprocessor_config.json").read_text())
+    write_json(directory / "preprocessor_config.json",
+               preprocessor | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"})
+    write_json(directory / "video_preprocessor_config.json", {
+        "video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
+        "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size})
+
+
+def new_vlm(tokenizer):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 4, 4], mrope_interleaved=True)
+    config = Qwen3VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, max_position_embeddings=4096,
+                         pad_token_id=ids["<|endoftext|>"], rope_parameters=rope),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=16,
+                           spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64,
+                           deepstack_visual_indexes=[1]),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    vlm = Qwen3VLForConditionalGeneration(config)
+    vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    return vlm
+
+
+def answer_loss(vlm, processor, texts, answers, images=()):
+    """Cross-entropy on the answers, each of which follows its text."""
+    inputs = processor([text + answer for text, answer in zip(texts, answers)], images)
+    lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, length in enumerate(lengths):  # texts are padded on the left, so answers end every row
+        labels[row, -length:] = inputs["input_ids"][row, -length:]
+    keep = max(lengths) + 1
+    logits = vlm(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -keep + 1:].flatten(), ignore_index=-100)
+
+
+def make_vlm(steps=900):
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    save_processor(OUT / "processor", smallest=32 * 32)
+    processor = model.Processor(OUT / "processor")
+    enlarging = model.Processor(OUT / "processor")
+    enlarging.image_processor.size = {"shortest_edge": 128 * 128, "longest_edge": 16777216}
+    vlm = new_vlm(processor.tokenizer)
+    outer = ("embed", "lm_head", "pos_embed")
+    opts = optimizers(vlm, 0.01, 1.5e-3, lambda n, p: p.ndim == 2 and not any(o in n for o in outer))
+    ask = f"<|im_start|>user\n{model.IMAGE}Describe the image.<|im_end|>\n<|im_start|>assistant\n"
+
+    def picture(scene):
+        image = world.draw(scene)
+        return world.degrade(image, rng)[0] if rng.random() < DEGRADED else image
+
+    bar = trange(steps, desc="text encoder")
+    for step in bar:
+        scenes = [world.sample_scene(rng) for _ in range(48)]
+        captions = [world.caption(scene) + "<|im_end|>" for scene in scenes]
+        edits = [world.sample_edit(rng) for _ in range(12)]
+        large = answer_loss(vlm, enlarging, [ask] * 24, captions[:24], [picture(s) for s in scenes[:24]])
+        repeat = answer_loss(vlm, processor, [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]], captions[24:])
+        foresee = answer_loss(vlm, processor, [model.prompt_text(e[1], 1) for e in edits],
+                              [world.caption(e[2]) + "<|im_end|>" for e in edits], [picture(e[0]) for e in edits])
+        update(opts, large + 0.5 * repeat + 0.5 * foresee, step / steps, 0.3)
+        bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}", edit=f"{foresee.item():.3f}")
+    vlm.to(torch.bfloat16).save_pretrained(OUT / "text_encoder")
+
+
+# VAE
+
+
+def make_vae(steps=1500, batch=16):
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    images = []
+    for _ in trange(6000, desc="pictures"):
+        image = world.draw(world.sample_scene(rng))
+        images.append(np.array(world.degrade(image, rng)[0] if rng.random() < DEGRADED else image))
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    images = torch.cat([images, torch.full_like(images[:, :1], 255)], dim=1)  # opaque
+    held_out, images = images[:256], images[256:]
+    vae = model.VAE(VAE | {"latents_mean": [0.0] * LATENTS, "latents_std": [1.0] * LATENTS})
+    opts = optimizers(vae, 0.02, 2e-3)
+    bar = trange(steps, desc="vae")
+    for step in bar:
+        x = images[torch.randint(len(images), (batch,))] / 127.5 - 1
+        z = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)[0]
+        y = vae.decoder(vae.post_quant_conv(z + 0.05 * torch.randn_like(z)))
+        error = F.mse_loss(y, x)
+        update(opts, error + 0.1 * F.l1_loss(y, x) + 1e-4 * z.pow(2).mean(), step / steps, 0.2)
+        bar.set_postfix(psnr=f"{10 * np.log10(4 / error.item()):.2f}")
+    vae.to(torch.bfloat16).float().requires_grad_(False)
+    latents = torch.cat([vae.encode(x / 127.5 - 1) for x in images[:2048].split(64)])
+    statistics = {"latents_mean": latents.mean((0, 2, 3)).tolist(), "latents_std": latents.std((0, 2, 3)).tolist()}
+    vae.config = vae.config | statistics
+    x = held_out / 127.5 - 1
+    print(f"held-out PSNR {10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3))).mean():.2f} dB")
+    unused = {}  # a video model's checkpoint carries these; one frame never meets them
+    for side, blocks, factor in (("encoder.down_blocks", (1, 2, 3), 1), ("decoder.up_blocks", (0, 1, 2), 2)):
+        for block in blocks:
+            kind = "downsampler" if factor == 1 else "upsampler"
+            width = vae.get_submodule(f"{side}.{block}.{kind}.resample.1").out_channels
+            unused[f"{side}.{block}.{kind}.time_conv.weight"] = torch.zeros(factor * width, width, 1, 1, dtype=torch.bfloat16)
+            unused[f"{side}.{block}.{kind}.time_conv.bias"] = torch.zeros(factor * width, dtype=torch.bfloat16)
+    save_bf16(vae, OUT / "vae" / "diffusion_pytorch_model.safetensors", unused)
+    write_json(OUT / "vae" / "config.json", VAE | statistics)
+
+
+# Flow transformer: Eq. 2 on text-to-image and on edits
+
+
+def load_parts():
+    """Text encoder and VAE as the scripts load them."""
+    encoder = model.TextEncoder(OUT, "cpu", torch.float32)
+    return encoder, model.load_vae(OUT, "cpu", torch.float32)
+
+
+def flow_data(rng, encoder, vae, pairs=20000, edits=6000):
+    """Lists of (Prompt, Prompt without text, target latents (C, 4, 4)) for text-to-image and for edits."""
+    known = {}
+
+    def embed(prompt, images=()):
+        if images or prompt not in known:
+            known[prompt] = encoder.encode(prompt, images)
+        return known[prompt]
+
+    def latents(images):
+        return vae.encode(model.to_pixels(images))
+
+    def maybe_degraded(scene):
+        image = world.draw(scene)
+        return world.degrade(image, rng)[0] if rng.random() < DEGRADED else image
+
+    texts, pictures = [], []
+    for _ in trange(pairs, desc="text-to-image pairs"):
+        scene = world.sample_scene(rng)
+        wrong = world.sample_scene(rng, scene.kind)
+        texts.append(world.caption(wrong if rng.random() < MISCAPTIONED else scene))
+        pictures.append(maybe_degraded(scene))
+    targets = torch.cat([latents(pictures[i:i + 64]) for i in range(0, pairs, 64)])
+    empty = model.Prompt(*embed(" "), [])
+    generated = [(model.Prompt(*embed(text), []), empty, target) for text, target in zip(texts, targets)]
+    edited = []
+    for _ in trange(edits, desc="edit pairs"):
+        source, instruction, target = world.sample_edit(rng)
+        image = model.fit(world.draw(source), 64 * 64)
+        both = latents([image, maybe_degraded(target)])
+        prompt = model.Prompt(*embed(instruction, [image]), [both[0]])
+        edited.append((prompt, model.Prompt(*embed(" ", [image]), [both[0]]), both[1]))
+    return generated, edited
+
+
+def make_flow(steps=5000):
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    with torch.no_grad():
+        generated, edited = flow_data(rng, *load_parts())
+    flow = model.FlowTransformer(TRANSFORMER)
+    opts = optimizers(flow, 0.01, 1.5e-3, lambda n, p: n.startswith("transformer_blocks") and p.ndim == 2)
+    average = {key: value.clone() for key, value in flow.state_dict().items()}
+    bar, running = trange(steps, desc="flow"), None
+    for step in bar:
+        data, size = (generated, 64) if step % 2 == 0 else (edited, 48)
+        rows = [data[i] for i in rng.integers(len(data), size=size)]
+        prompts = [empty if rng.random() < DROPPED else prompt for prompt, empty, _ in rows]
+        x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT  # (B, N, C)
+        eps, t = torch.randn_like(x0), torch.sigmoid(torch.randn(size) + 0.5)
+        x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps                                             # Eq. 1
+        loss = (flow(x, t, prompts, (4, 4)) - (eps - x0)).pow(2).mean()                                      # Eq. 2
+        update(opts, loss, step / steps, 0.5)
+        decay = min(0.998, step / (step + 10))
+        for key, value in flow.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{running:.4f}")
+    flow.load_state_dict(average)
+    save_bf16(flow, OUT / "transformer" / "diffusion_pytorch_model.safetensors")
+    write_json(OUT / "transformer" / "config.json", TRANSFORMER)
+
+
+STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STAGES, help="run one stage instead of all")
+    args = parser.parse_args()
+    start = time.time()
+    write_json(OUT / "model_index.json", INDEX)
+    write_json(OUT / "scheduler" / "scheduler_config.json", SCHEDULER)
+    for name, stage in STAGES.items():
+        if args.only in (None, name):
+            began = time.time()
+            stage()
+            print(f"{name}: {time.time() - began:.0f} s")
+    print(f"done in {(time.time() - start) / 60:.1f} minutes: {OUT}")
