@@ -131,12 +131,15 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)  # (B, T, H, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
-        keys, values = k, v
-        if past is not None:  # targets: look at the prefix, then at themselves
-            keys = torch.cat([select_prompts(past[0], index, len(x)), k], dim=2)  # (B, H, S+N, head_dim)
-            values = torch.cat([select_prompts(past[1], index, len(x)), v], dim=2)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2)), k, v
+        if past is None:  # the prefix stream keeps its keys and values for the targets
+            k, v = k.contiguous(), v.contiguous()
+            keep = k, v
+        else:
+            k = torch.cat([select_prompts(past[0], index, len(x)), k], dim=2)  # (B, H, S+N, head_dim)
+            v = torch.cat([select_prompts(past[1], index, len(x)), v], dim=2)
+            keep = None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2)), keep
 
 
 def select_prompts(x, index, batch):
@@ -167,10 +170,10 @@ class Block(nn.Module):
     def forward(self, h, modulation, rope, past=None, index=None, mask=None):
         scale1, gate1, scale2, gate2 = modulation  # (B|1, 1, D) each
         x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale1)
-        x, k, v = self.attn(x, rope, past, index, mask)
+        x, kv = self.attn(x, rope, past, index, mask)
         h = h + gate1 * x
         x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale2)
-        return h + gate2 * self.img_mlp(x), k, v
+        return h + gate2 * self.img_mlp(x), kv
 
 
 class ZeroCentredRMSNorm(nn.Module):
@@ -272,8 +275,8 @@ class FlowTransformer(nn.Module):
         modulation = self.modulate(self.embed_time(torch.zeros(1, device=device)))
         rope, kv = self.rope(positions), []
         for block in self.transformer_blocks:
-            h, k, v = self.run_block(block, h, modulation, rope, None, None, mask)
-            kv.append((k, v))
+            h, keys_values = self.run_block(block, h, modulation, rope, None, None, mask)
+            kv.append(keys_values)
 
         height, width = grid
         targets = torch.tensor([[(end, *yx) for yx in image_grid(height, width)] for _, _, end in layouts], device=device)
@@ -291,7 +294,7 @@ class FlowTransformer(nn.Module):
         modulation = self.modulate(time)
         h = self.img_in(x.to(self.img_in.weight.dtype))  # (B, N, D)
         for block, past in zip(self.transformer_blocks, prefix.kv):
-            h, _, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
+            h, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
         h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
         return self.proj_out(h).float()
 
@@ -521,6 +524,49 @@ def on_white(image):
     return white
 
 
+@dataclass
+class Request:
+    """One line of a prompt file. category chooses reward weights; sources are paths of source images (edits)."""
+
+    prompt: str
+    category: str = "general"
+    sources: tuple = ()
+
+    @property
+    def task(self):
+        return "edit" if self.sources else "t2i"
+
+    def images(self):
+        return [Image.open(path).convert("RGBA") for path in self.sources]
+
+
+def load_prompts(path):
+    """Prompt file -> [Request], text-to-image first; a prompt's id is its place in this list.
+
+    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file}. A file whose name
+    ends in .txt holds one prompt a line.
+    """
+    path, requests = Path(path), []
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompt file")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
+            prompt, sources = record["prompt"], record.get("source", [])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}:{number}: want a JSON object with "prompt" ({error!r})') from None
+        sources = tuple(str(path.parent / source) for source in ([sources] if isinstance(sources, str) else sources))
+        for source in sources:
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"{path}:{number}: no source image {source}")
+        requests.append(Request(prompt, record.get("category", "general"), sources))
+    if not requests:
+        raise ValueError(f"{path} holds no prompts")
+    return sorted(requests, key=lambda request: request.task, reverse=True)
+
+
 class TextEncoder:
     """Qwen3-VL as condition encoder: the last layer's output before the final norm, without the system turn."""
 
@@ -569,15 +615,21 @@ def to_images(pixels):
     return [Image.fromarray(rgba) for rgba in array]
 
 
-def encode_prompt(encoder, vae, prompt, sources, area, device):
-    """Text and source images (PIL) -> (Prompt, Prompt without the text), the two branches of guidance.
+@torch.no_grad()
+def encode_prompts(root, vae, requests, ids, area, device):
+    """The requests with these ids -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
 
-    The branch without text keeps its images. area: pixels each source is resized to, the output's.
+    The branch without text keeps its images; without images it is one object for all. area: pixels each source is
+    resized to, the output's. The text encoder is loaded for this call and released.
     """
-    images = [fit(image, area) for image in sources]
-    with torch.no_grad():
+    encoder = TextEncoder(root, device, compute_dtype(device))
+    empty, encoded = Prompt(*encoder.encode(" "), []), {}
+    for i in sorted(set(ids)):
+        images = [fit(image, area) for image in requests[i].images()]
         latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
-    return Prompt(*encoder.encode(prompt, images), latents), Prompt(*encoder.encode(" ", images), latents)
+        without = Prompt(*encoder.encode(" ", images), latents) if images else empty
+        encoded[i] = Prompt(*encoder.encode(requests[i].prompt, images), latents), without
+    return encoded
 
 
 # ---- 3. checkpoints ------------------------------------------------------------------------------------------
@@ -713,7 +765,8 @@ def save_model(directory, base, transformer, guidance):
         for path in base.iterdir():
             if path.name not in ("transformer", "model_index.json", "rewards"):
                 (part / path.name).symlink_to(path.resolve())
-        index = read_config(base / "model_index.json") | {"_guidance_scale": guidance}
+        index = read_config(base / "model_index.json")
+        index["_sampling"] = index.get("_sampling", {}) | {"guidance_scale": guidance}
         write_text(part / "model_index.json", json.dumps(index, indent=2))
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     shards, size = [[]], 0
@@ -740,6 +793,39 @@ def save_model(directory, base, transformer, guidance):
             write_text(part / "transformer" / f"{WEIGHTS}.safetensors.index.json", json.dumps(index, indent=2))
         remove(directory)
         part.rename(directory)
+
+
+def save_checkpoint(directory, step, model, optimizer):
+    """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete. All ranks call."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
+    model.reshard()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        remove(name)
+        part.rename(name)
+        for old in directory.glob("step-*"):
+            if old != name:
+                remove(old)
+    dist.barrier()
+
+
+def load_checkpoint(directory, model, optimizer):
+    """Restore the newest complete checkpoint, written by any number of ranks; returns its step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    complete = sorted(path for path in directory.glob("step-*") if path.suffix != ".part")
+    if not complete:
+        raise FileNotFoundError(f"--resume: {directory} holds no checkpoint")
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=complete[-1])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return int(complete[-1].name.removeprefix("step-"))
 
 
 def write_text(path, text):
@@ -925,6 +1011,46 @@ class Sampler:
         return graph.replay
 
 
+def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
+    """Sample images in batches, each [(step, prompt id, image number)] of `images` with its own noise.
+
+    Yields (batch of the list, PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller.
+    """
+    for first in range(0, len(images), batch):
+        chunk = images[first:first + batch]
+        generators = [image_generator(seed, *key) for key in chunk]
+        x0, states = sampler([encoded[prompt] for _, prompt, _ in chunk], generators, grid, t, sigma, cfg, keep)
+        with torch.no_grad():
+            pixels = vae.decode(x0.mT.unflatten(2, grid))
+        yield chunk, to_images(pixels), states
+
+
+def forward_flops(config, tokens, prefix):
+    """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at `prefix` tokens and at themselves."""
+    dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    matrices = layers * (4 + 3 * config["mlp_ratio"]) * dim**2 + 2 * config["in_channels"] * dim
+    return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim
+
+
+def matmul_peak(device, size=None):
+    """Measured FLOP/s of a large matrix product in the compute dtype: the denominator of MFU."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
+    best = math.inf
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def prefix_tensors(prefix):
     return [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
 
@@ -1107,17 +1233,27 @@ def shard(model, device):
     return model
 
 
-@torch.no_grad()
-def fill(slot, model):
-    """Gather a sharded model's weights straight into the slot's storage, rounded to its dtype; addresses never change."""
+def own_rows(model):
+    """This rank's rows of a sharded model's parameters, fp32, in parameter order."""
     model.reshard()  # the root stays gathered after a forward without backward
+    return [param.to_local().detach() for param in model.parameters()]
+
+
+def park(rows, dtype):
+    """A copy of this rank's rows in host memory, pinned where there is a GPU: a tenant waiting for the slot."""
+    return [row.to(dtype).cpu().pin_memory() if row.is_cuda else row.to(dtype, copy=True) for row in rows]
+
+
+@torch.no_grad()
+def fill(slot, rows):
+    """Gather every rank's rows straight into the slot's storage, rounded to its dtype; addresses never change."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    for mine, param in zip(slot.parameters(), model.parameters(), strict=True):
-        rows = param.to_local().to(mine.dtype)
+    for param, row in zip(slot.parameters(), rows, strict=True):
+        row = row.to(param.device, param.dtype, non_blocking=True).contiguous()
         if dist.get_world_size() == 1:
-            mine.copy_(rows)
+            param.copy_(row)
         else:
-            gather(mine.data, rows.contiguous())
+            gather(param.data, row)
 
 
 def all_gather_list(values):

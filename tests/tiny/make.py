@@ -28,7 +28,7 @@ from tqdm import trange  # noqa: E402
 
 import world  # noqa: E402
 
-OUT = HERE / "model"
+OUT, BUILD = HERE / "model", HERE / "build"  # build: scored pictures, not kept in git
 SEED = 0
 DEGRADED, MISCAPTIONED, DROPPED = 0.35, 0.12, 0.1  # shares of the flow model's training data
 LATENTS = 16
@@ -53,7 +53,8 @@ INDEX = {
     "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
     "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLQwenImage21"],
-    "sample_sigmas": [1 - i / 8 for i in range(8)]}  # 8 steps are as good as 24 here
+    "sample_sigmas": [1 - i / 8 for i in range(8)],  # 8 steps are as good as 24 here
+    "_sampling": {"size": [64, 64], "guidance_scale": 2.0}}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
             "<|video_pad|>"]
 CHAT = (  # Qwen-VL's form: every message is a string or a list of image and text parts
@@ -333,7 +334,95 @@ def make_flow(steps=5000):
     write_json(OUT / "transformer" / "config.json", TRANSFORMER)
 
 
-STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow}
+# Prompt files, scored pictures, reward models
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_prompts(relations=160, edits=96):
+    """Prompt files: a fifth of the captions of every category is held out (relations are thinned first)."""
+    rng = np.random.default_rng(SEED + 1)
+    captions, held_out, training = {}, [], []
+    for prompt in world.all_captions():
+        captions.setdefault(world.category(prompt), []).append(prompt)
+    for category, prompts in captions.items():
+        prompts = [str(p) for p in rng.permutation(prompts)][:relations]
+        records = [{"prompt": p, "category": category} for p in prompts]
+        held_out, training = held_out + records[:len(records) // 5], training + records[len(records) // 5:]
+    for path, records in (("heldout.jsonl", held_out), ("prompts.jsonl", training)):
+        write_lines(HERE / path, [records[i] for i in rng.permutation(len(records))])
+    records = []
+    for i in range(edits):
+        source, instruction, target = world.sample_edit(rng)
+        (HERE / "sources").mkdir(exist_ok=True)
+        world.draw(source).save(HERE / "sources" / f"{i:03d}.png")
+        records.append({"prompt": instruction, "category": "edit", "source": f"sources/{i:03d}.png",
+                        "before": world.caption(source), "after": world.caption(target)})
+    write_lines(HERE / "edits_heldout.jsonl", records[:edits // 3])
+    write_lines(HERE / "edits.jsonl", records[edits // 3:])
+
+
+def base_samples(prompts, per_prompt, seed):
+    """[(prompt, image)] of the base model, each prompt at one of several guidance scales."""
+    torch.set_num_threads(os.cpu_count())
+    vae = model.load_vae(OUT, "cpu", torch.float32)
+    requests = [model.Request(p) for p in prompts]
+    encoded = model.encode_prompts(OUT, vae, requests, range(len(prompts)), 64 * 64, torch.device("cpu"))
+    flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
+    sampler, samples = model.Sampler(flow, graphs=False), []
+    t = model.timesteps(SCHEDULER, 16, sample_sigmas=INDEX["sample_sigmas"])
+    for i, cfg in enumerate((1.0, 2.0, 3.5)):
+        images = [(0, p, n) for p in range(i, len(prompts), 3) for n in range(per_prompt)]
+        batches = model.generate(sampler, vae, encoded, images, (4, 4), t, torch.zeros(len(t) - 1), cfg, seed, 64)
+        samples += [(prompts[p], image.convert("RGB")) for chunk, batch, _ in batches for (_, p, _), image in zip(chunk, batch)]
+    return samples
+
+
+def drawn_samples(rng, count):
+    """[(prompt, image)] of drawings, most of them degraded, half of them under a caption of the same kind."""
+    samples = []
+    for _ in range(count):
+        scene = world.sample_scene(rng)
+        image = world.draw(scene)
+        image = world.degrade(image, rng)[0] if rng.random() < 0.7 else image
+        samples.append((world.caption(world.sample_scene(rng, scene.kind) if rng.random() < 0.5 else scene), image))
+    return samples
+
+
+def make_scores():
+    """Scored pictures for train_reward.py: drawings and samples of the base, labelled by the oracle."""
+    rng = np.random.default_rng(SEED + 2)
+    train = [json.loads(line)["prompt"] for line in (HERE / "prompts.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line)["prompt"] for line in (HERE / "heldout.jsonl").read_text().splitlines()]
+    sets = {
+        "train": drawn_samples(rng, 3000) + base_samples(train, 12, SEED), "drawn": drawn_samples(rng, 400),
+        "samples": base_samples(held_out, 8, SEED + 1)}
+    rules = {"aesthetic": lambda image, prompt: world.aesthetic(image),
+             "alignment": lambda image, prompt: world.alignment(image, prompt)[1]}
+    for part, samples in sets.items():
+        (BUILD / part).mkdir(parents=True, exist_ok=True)
+        records = {name: [] for name in rules}
+        for i, (prompt, image) in enumerate(samples):
+            image.save(BUILD / part / f"{i:05d}.png")
+            for name, rule in rules.items():
+                records[name].append({"prompt": prompt, "image": f"{part}/{i:05d}.png", "score": round(1 + 4 * rule(image, prompt), 3)})
+        for name in rules:
+            write_lines(BUILD / f"{name}-{part}.jsonl", records[name])
+
+
+def make_rewards(steps={"aesthetic": 700, "alignment": 1000}):
+    for name, count in steps.items():
+        subprocess.run([
+            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, "--base", str(OUT / "text_encoder"),
+            "--data", str(BUILD / f"{name}-train.jsonl"), "--eval-data", str(BUILD / f"{name}-drawn.jsonl"),
+            str(BUILD / f"{name}-samples.jsonl"), "--out", str(OUT / "rewards" / name), "--pixels", str(128 * 128),
+            "--steps", str(count)], check=True)
+
+
+STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores, "rewards": make_rewards}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

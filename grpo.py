@@ -1,0 +1,410 @@
+"""Flow-GRPO (Sec. 2.2, 4.1, 4.2): clipped policy gradients on the stochastic sampler's own steps.
+
+For each prompt sample a group of G images with guidance, taking the trained steps of the sampler stochastically (Eq. 5)
+and all others by the ODE (Eq. 3); score the images; normalise each reward within its group and add them up (Eq. 4, 13);
+then raise the likelihood of the steps that led to good images, clipped around the sampling policy (Eq. 6).
+
+    python grpo.py --reward aesthetic                                    # tiny model, CPU, about 4 minutes
+    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
+
+The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.
+
+Differs from the paper:
+  1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no ratio. (The paper
+     samples "using a 40-step ODE solver"; it does not say how the two go together.)
+  2. log-prob is the mean over dimensions, not the sum, so the ratio does not depend on resolution; hence --clip-eps 1e-3.
+  3. Hybrid CFG (Sec. 4.1) leaves the old log-prob open. Here it is that of the unguided policy at the sampled states, so
+     the ratio is exactly 1 before the first update.
+  4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
+"""
+
+import argparse
+import gc
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from model import (
+    Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
+    forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
+    load_vae, load_weights, materialise, matmul_peak, new_transformer, noise_levels, own_rows, park, read_config, save_checkpoint, save_model,
+    sde_mean_std, setup, shard, synchronise, timesteps, write_text)
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+
+# ---- 1. arguments --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("run")
+    group.add_argument("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
+    group.add_argument("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
+    group.add_argument("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts for grids and the final table")
+    group.add_argument("--name", help="directory under runs/ (default: made from the rewards and the seed)")
+    group.add_argument("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="decides prompts, order and all noise (default: %(default)s)")
+    group.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--sample-every", type=int, default=20, metavar="STEPS", help="steps between image grids (default: %(default)s)")
+    group.add_argument("--eval-images", type=int, default=400, metavar="N", help="held-out images in the final table, 0 for none (default: %(default)s)")
+    group.add_argument("--resume", action="store_true", help="continue runs/NAME from its last checkpoint")
+    group = parser.add_argument_group("rewards")
+    group.add_argument("--reward", nargs="+", required=True, metavar="R", help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=DIRECTORY of a VLM, or NAME=file.py:function; each weighs 1/K")
+    group.add_argument("--judge", nargs="+", default=[], metavar="R", help="same form; only reported in the final table, never trained on")
+    group = parser.add_argument_group("rollout")
+    group.add_argument("--prompts-per-step", type=int, metavar="P", help="a multiple of ranks x updates (default: the smallest from 8 on)")
+    group.add_argument("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    group.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    group.add_argument("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 as in the paper")
+    group.add_argument("--cfg", type=float, help="guidance scale of rollout and evaluation; the objective is unguided (default: the checkpoint's, else 4)")
+    group.add_argument("--train-timesteps", type=int, default=3, metavar="N", help="steps that are stochastic and trained, spread over the noisier half (Sec. 4.2; the paper gives no number; default: %(default)s)")
+    group.add_argument("--noise-level", type=float, default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (Flow-GRPO's; default: %(default)s)")
+    group.add_argument("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's step should shrink with width)")
+    group.add_argument("--clip-eps", type=float, default=1e-3, metavar="EPS", help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
+    group.add_argument("--kl-coef", type=float, default=0.0, metavar="B", help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
+    group.add_argument("--updates-per-rollout", type=int, default=2, metavar="U", help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
+    group.add_argument("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
+    group.add_argument("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in the backward pass (default: on a GPU)")
+    group.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    return parser.parse_args(argv)
+
+
+# ---- 2. rollout ----------------------------------------------------------------------------------------------
+
+
+def trained_steps(count, total):
+    """`count` of the sampler's steps, spread evenly over the noisier half of the grid, ends included."""
+    half = max(1, total // 2)
+    if not 1 <= count <= half:
+        raise ValueError(f"--train-timesteps {count}: want 1 to {half}, half of the {total} sampler steps")
+    return sorted({round(i * (half - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def score_images(rewards, images, requests):
+    """The images' scores by every reward: [K][B] floats, NaN where one failed. Runs in a background thread."""
+    prompts, sources = [r.prompt for r in requests], [r.images() for r in requests]
+    return [list(reward.score(images, prompts, sources)) for reward in rewards]
+
+
+# ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
+
+
+def group_advantage(scores, weights):
+    """Rewards to advantages, per prompt group. scores (K, P, G), NaN where one failed; weights (K,) -> A (P, G).
+
+    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its largest
+    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0.
+    """
+    valid = scores.isfinite()
+    values = scores.double().where(valid, 0)
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    mean = values.sum(-1, keepdim=True) / count                                                              # mu_k    (K, P, 1)
+    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()                      # sigma_k (K, P, 1)
+    low = values.where(valid, math.inf).amin(-1, keepdim=True)
+    high = values.where(valid, -math.inf).amax(-1, keepdim=True)
+    signal = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
+    z = ((values - mean) / std.where(std > 0, 1)).where(signal, 0)                                           # Eq. 4   (K, P, G)
+    return (weights[:, None, None].double() * z).sum(0).float()                                              # Eq. 13  (P, G)
+
+
+# ---- 4. loss -------------------------------------------------------------------------------------------------
+
+
+def grpo_loss(v, v_old, x, x_next, t, dt, sigma, advantage, clip_eps):
+    """Clipped policy gradient on stochastic sampler steps, one row per (image, timestep). fp32.
+
+    v, v_old   (B, N, C)  unguided velocities of the trained policy and of the one that sampled, at (x, t)
+    x, x_next  (B, N, C)  the states before and after the step;  t, dt, sigma (B, 1, 1) of the step
+    advantage  (B,)       Eq. 13
+    Returns the loss summed over rows, and the ratios (B,).
+    """
+    mean, std = sde_mean_std(x, v, t, dt, sigma)                                                             # (B, N, C)  Eq. 5
+    mean_old, _ = sde_mean_std(x, v_old, t, dt, sigma)
+    logp, logp_old = gaussian_logp(x_next, mean, std), gaussian_logp(x_next, mean_old, std)                  # (B,)  difference 2, 3
+    ratio = (logp - logp_old).exp()                                                                          # (B,)       Eq. 6
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                                                        # (B,)       Eq. 6
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)                                            # (B,)       Eq. 6
+    return loss.sum(), ratio.detach()
+
+
+def kl_loss(v, v_ref):
+    """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
+    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
+
+
+# ---- 5. setup (same in grpo, nft, opd) -----------------------------------------------------------------------
+
+
+def open_run(args, rank):
+    """runs/NAME for this run: made new, or checked to be the one that --resume continues."""
+    names = [spec.partition("=")[0] for spec in args.reward]
+    stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
+    run = Path("runs") / stem
+    if args.resume:
+        if not (run / "args.json").exists():
+            raise FileNotFoundError(f"--resume: there is no run {run}; name it with --name")
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "name")
+        before = json.loads((run / "args.json").read_text())
+        changed = [k for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        if changed:
+            raise ValueError(f"--resume: {run} was started with other values of {', '.join('--' + c.replace('_', '-') for c in changed)}")
+        return run
+    if args.name and run.exists():
+        raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
+    number = 2
+    while run.exists():
+        run, number = Path("runs") / f"{stem}-{number}", number + 1
+    dist.barrier()  # every rank has looked before rank 0 creates it
+    if rank == 0:
+        (run / "samples").mkdir(parents=True)
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
+    return run
+
+
+def prompt_ids(step, count, per_step, seed):
+    """The prompts of a step, a function of (seed, step) alone: each epoch is a new permutation of all `count`."""
+    ids = []
+    for place in range(step * per_step, (step + 1) * per_step):
+        epoch, i = divmod(place, count)
+        generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
+        ids.append(torch.randperm(count, generator=generator)[i].item())
+    return sorted(ids)  # by task, as the prompt file is
+
+
+def rank_share(ids, updates, rank, world):
+    """This rank's prompt ids, [updates][groups]: every update takes an equal slice from every rank."""
+    groups = len(ids) // (updates * world)
+    return [[ids[(u * world + rank) * groups + i] for i in range(groups)] for u in range(updates)]
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def save_grid(path, *rows, columns=8):
+    """A PNG of [(prompt, image)] lists; several lists are interleaved row by row, so that the same prompts stand together."""
+    lines = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
+    image_grid_png(path, [[image for _, image in line] for line in lines], [[prompt for prompt, _ in line] for line in lines])
+
+
+def report(run, rewards, before, after, title):
+    """Print and save the before/after table; scores (K, prompts, images)."""
+    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
+    table = {}
+    for reward, a, b in zip(rewards, before, after):
+        base, trained, difference, half = interval(a, b)
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [difference - half, difference + half]}
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{difference - half:+.3f}, {difference + half:+.3f}]")
+    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
+
+
+def interval(before, after):
+    """Mean of each (images,) -> means, their difference and its 95% interval, paired by prompt: (prompts, images) tensors."""
+    difference = (after - before).nanmean(dim=1)
+    half = 1.96 * difference.std() / len(difference) ** 0.5
+    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
+
+
+def main():
+    args = parse_args()
+    rank, world, device = setup()
+    cuda, dtype = device.type == "cuda", compute_dtype(device)
+    root = find_model(args.model)
+    index = read_config(root / "model_index.json")
+    sampling = index.get("_sampling", {})
+    policy = new_transformer(root, torch.float32)
+    config = policy.config
+    height, width = args.size or sampling.get("size", (512, 512))
+    if height % 32 or width % 32:
+        raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
+    grid = (height // 16, width // 16)
+    cfg = args.cfg if args.cfg is not None else sampling.get("guidance_scale", 4.0)
+    lr = args.lr or 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"])
+    micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
+    G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
+    P = args.prompts_per_step or unit * math.ceil(8 / unit)
+    if P % unit:
+        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {max(unit, P // unit * unit)}, {(P // unit + 1) * unit}")
+    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], args.sampler_steps or 40,
+                  None if args.sampler_steps else index.get("sample_sigmas"))
+    K = len(t) - 1
+    run = open_run(args, rank)
+
+    # ---- 6. data (same in grpo, nft, opd) --------------------------------------------------------------------
+    requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
+    eval_ids = list(range(rank, len(heldout), world))
+    vae = load_vae(root, device, dtype)
+    encoded = encode_prompts(root, vae, requests, [i for share in shares for part in share for i in part], height * width, device)
+    encoded_eval = encode_prompts(root, vae, heldout, eval_ids, height * width, device)
+
+    # ---- 7. models -------------------------------------------------------------------------------------------
+    slot = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
+    policy = materialise(shard(policy, device), root, device)
+    policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    reference = park(own_rows(policy), dtype) if args.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
+    sampler = Sampler(slot, cuda if args.graph is None else args.graph)
+    rewards, judges = (load_rewards(specs, root, device, dtype) for specs in (args.reward, args.judge))
+    weights = torch.tensor([reward.weight for reward in rewards])
+    trained = trained_steps(args.train_timesteps, K)
+    sigma = noise_levels(t, trained, args.noise_level)
+    keep = {k for step in trained for k in (step, step + 1)}
+    pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+    pool, peak = ThreadPoolExecutor(max_workers=1), matmul_peak(device)
+    if rank == 0:
+        print(f"{run}: {sum(p.numel() for p in policy.parameters()):,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
+        print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
+        for reward in rewards:
+            print(f"reward {reward.name}: weight {reward.weight:.3g}, {reward.source}")
+
+    def rows(states, group, micro):
+        """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""
+        x, x_next = (torch.stack([states[k + d][group, g] for k, g in micro]) for d in (0, 1))
+        k = torch.tensor([k for k, _ in micro])
+        return x, x_next, *(value[k, None, None].to(device) for value in (t, t[1:] - t[:-1], sigma))
+
+    @torch.no_grad()
+    def frozen_velocities(ids, states):
+        """Unguided velocities of the slot's tenant on the very micro-batches that will be trained: {(group, m): v}."""
+        velocities = {}
+        for group, i in enumerate(ids):
+            prefix = slot.prefix([encoded[i][0]], grid)
+            for m, micro in enumerate(micro_batches):
+                x, _, t_rows, *_ = rows(states, group, micro)
+                velocities[group, m] = slot.velocity(x, t_rows.flatten(), prefix)
+        return velocities
+
+    def heldout_images(ids, number):
+        """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
+        images = [(-1, i, n) for i in ids for n in range(number)]
+        batches = generate(sampler, vae, encoded_eval, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        return [(key[1], image) for chunk, pictures, _ in batches for key, image in zip(chunk, pictures)]
+
+    def heldout_scores(number):
+        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt, of all ranks."""
+        images = heldout_images(eval_ids, number)
+        scores = torch.tensor(score_images(rewards + judges, [image for _, image in images], [heldout[i] for i, _ in images]))
+        scores = all_gather_list(scores.unflatten(1, (-1, number)).transpose(0, 1).double().tolist())
+        return torch.tensor(scores).transpose(0, 1), all_gather_list([(heldout[i].prompt, image) for i, image in images[::number]])
+
+    # ---- 8. train --------------------------------------------------------------------------------------------
+    log = read_log(run / "log.jsonl")[:start] if args.resume else []
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        fill(slot, own_rows(policy))
+        if step % args.sample_every == 0:
+            shown = all_gather_list([(heldout[i].prompt, image) for i, image in heldout_images(eval_ids[:24 // world], 1)])
+            if rank == 0:
+                save_grid(run / "samples" / f"{step:06d}.png", shown)
+        clock = time.perf_counter()
+
+        # rollout, guided, by the policy in the slot; a decoded batch is scored in the background from here on
+        ids = [i for part in shares[step] for i in part]
+        images, states, futures = [(step, i, g) for i in ids for g in range(G)], [], []
+        for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
+            states.append(kept)
+            futures.append(pool.submit(score_images, rewards, pictures, [requests[i] for _, i, _ in chunk]))
+        states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in keep}      # (groups, G, N, C)
+        synchronise(device)
+        rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # frozen velocities, before the first update (difference 3)
+        v_old, v_ref = frozen_velocities(ids, states), {}
+        if reference:
+            fill(slot, reference)
+            v_ref = frozen_velocities(ids, states)
+        synchronise(device)
+        frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # advantages
+        scores = torch.cat([torch.tensor(future.result()) for future in futures], dim=1).unflatten(1, (len(ids), G))
+        advantage = group_advantage(scores, weights).to(device)                                              # (groups, G)
+        wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # updates, each on its own groups
+        ratio_dev, clip_frac, grad_norm, kl = [], [], [], []
+        groups = len(ids) // U
+        scale = world * U / (P * G * len(trained))  # sum over rows -> mean over the update; FSDP averages over ranks
+        for update in range(U):
+            ratios = []
+            for group in range(update * groups, (update + 1) * groups):
+                prefix = policy.prefix([encoded[ids[group]][0]], grid)
+                leaves = detach_prefix(prefix)
+                for m, micro in enumerate(micro_batches):
+                    x, x_next, t_rows, dt, s = rows(states, group, micro)
+                    v = policy.velocity(x, t_rows.flatten(), leaves)                                         # (B, N, C) unguided
+                    a = advantage[group, [g for _, g in micro]]                                              # (B,)
+                    loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, t_rows, dt, s, a, args.clip_eps)
+                    if reference:
+                        penalty = kl_loss(v, v_ref[group, m])
+                        loss = loss + args.kl_coef * penalty
+                        kl.append(penalty.item() / len(micro))
+                    ratios.append(ratio)
+                    (loss * scale).backward()
+                backward_prefix(prefix, leaves)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            deviation = (torch.cat(ratios) - 1).abs()
+            ratio_dev.append(deviation.max().item())
+            clip_frac.append((deviation > args.clip_eps).float().mean().item())
+            grad_norm.append(norm.full_tensor().item())
+        synchronise(device)
+        train_seconds = time.perf_counter() - clock
+
+        # one line a step
+        work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
+        work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
+        parts = all_gather_list([(scores, advantage.cpu(), ratio_dev, clip_frac, kl, work)])
+        scores, advantage = (torch.cat([part[i] for part in parts], dim=i_dim) for i, i_dim in ((0, 1), (1, 0)))
+        seconds = rollout_seconds + frozen_seconds + wait_seconds + train_seconds
+        record = {
+            "step": step, "reward": {r.name: s.nanmean().item() for r, s in zip(rewards, scores)},
+            "reward_std": {r.name: s.std(-1, correction=0).nanmean().item() for r, s in zip(rewards, scores)},
+            "failed": (~scores.isfinite()).sum().item(), "advantage_abs": advantage.abs().mean().item(),
+            "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+            "ratio_dev": [max(values) for values in zip(*(part[2] for part in parts))],
+            "clip_frac": [sum(values) / world for values in zip(*(part[3] for part in parts))],
+            "kl": sum(map(sum, (part[4] for part in parts))) / max(1, len(kl) * world), "grad_norm": grad_norm,
+            "seconds": {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds, "train": train_seconds},
+            "images_per_second": P * G / seconds, "mfu": sum(part[5] for part in parts) / seconds / (peak * world)}
+        log.append(record)
+        if rank == 0:
+            with open(run / "log.jsonl", "w" if step == start else "a") as file:
+                for line in log if step == start else [record]:
+                    file.write(json.dumps(line) + "\n")
+            line_chart(run / "curve.png", {r.name: [(l["step"], l["reward"][r.name]) for l in log] for r in rewards}, "mean reward of the rollout", "step")
+        bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+
+    # ---- 9. done ---------------------------------------------------------------------------------------------
+    save_model(run / "model", root, policy, cfg)
+    if args.eval_images:
+        number = math.ceil(args.eval_images / len(heldout))
+        load_weights(slot, root / "transformer")
+        before, pictures_before = heldout_scores(number)
+        fill(slot, own_rows(policy))
+        after, pictures_after = heldout_scores(number)
+        if rank == 0:
+            report(run, rewards + judges, before, after, f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds")
+            save_grid(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+    if rank == 0:
+        print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # no FSDP module may outlive the process group
+    dist.destroy_process_group()
