@@ -213,8 +213,8 @@ def interval(before, after):
     return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
     root = find_model(args.model)

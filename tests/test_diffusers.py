@@ -188,7 +188,7 @@ def test_saved_model_loads_in_diffusers(root, tmp_path, monkeypatch, caplog):
     transformer = model.materialise(model.new_transformer(root, torch.float32), root, "cpu")
     monkeypatch.setattr(model, "SHARD_BYTES", 500_000)
     model.save_model(tmp_path / "saved", root, transformer, guidance=3.0)
-    assert "_guidance_scale" in model.read_config(tmp_path / "saved" / "model_index.json")
+    assert model.read_config(tmp_path / "saved" / "model_index.json")["_sampling"]["guidance_scale"] == 3.0
     assert len(list((tmp_path / "saved" / "transformer").glob("*.safetensors"))) > 1
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     pipeline = load_pipeline(tmp_path / "saved")

@@ -1,0 +1,73 @@
+"""Every command block of the README runs (with small settings), and what it says of the files is true."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+SMALL = {
+    "grpo.py": ["--steps", "1", "--group-size", "2", "--eval-images", "75"],
+    "train_reward.py": ["--steps", "2", "--batch", "4"],
+}
+NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
+LONG = ("tests/tiny/make.py", "tests/reproduce.py", "-m pytest")  # hours, minutes, this very run
+
+
+def small(command):
+    """A documented command with small settings on the tiny model; None where it cannot be run here."""
+    command = command.split("&&")[-1].strip()
+    if not command or command.startswith(NOT_RUN) or any(part in command for part in LONG):
+        return None
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    if "--model" in words:  # no hub here
+        at = words.index("--model")
+        del words[at:at + 2]
+    script = next(word for word in words if word.endswith(".py"))
+    return words + SMALL.get(script, [])
+
+
+RUN = [command for command in COMMANDS if small(command)]
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_documented_command_runs(command, tmp_path):
+    words = [str(ROOT / word) if (ROOT / word).exists() and "/" not in word[:1] and word.endswith((".py", ".jsonl")) else word
+             for word in small(command)]
+    words = [re.sub(r"=(tests/[\w/]+\.py:)", rf"={ROOT}/\1", word) for word in words]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_line_counts_are_true():
+    counts = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
+    assert counts.keys() >= {"model.py", "grpo.py", "train_reward.py"}
+    for name, count in counts.items():
+        assert int(count) == len((ROOT / name).read_text().splitlines()), name
+
+
+def test_only_the_seven_packages_are_imported():
+    allowed = {"torch", "safetensors", "transformers", "PIL", "tqdm", "numpy", "huggingface_hub", "model"} | set(sys.stdlib_module_names)
+    for name in ("model.py", "grpo.py", "train_reward.py"):
+        found = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / name).read_text(), re.M))
+        assert found <= allowed, (name, found - allowed)
+
+
+def test_help_reads(capsys):
+    import grpo
+
+    with pytest.raises(SystemExit):
+        grpo.parse_args(["--help"])
+    assert "Differs from the paper" in capsys.readouterr().out
