@@ -42,38 +42,50 @@ TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("run")
-    group.add_argument("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    group.add_argument("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
-    group.add_argument("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts for grids and the final table")
-    group.add_argument("--name", help="directory under runs/ (default: made from the rewards and the seed)")
-    group.add_argument("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="decides prompts, order and all noise (default: %(default)s)")
-    group.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="steps between checkpoints (default: %(default)s)")
-    group.add_argument("--sample-every", type=int, default=20, metavar="STEPS", help="steps between image grids (default: %(default)s)")
-    group.add_argument("--eval-images", type=int, default=400, metavar="N", help="held-out images in the final table, 0 for none (default: %(default)s)")
-    group.add_argument("--resume", action="store_true", help="continue runs/NAME from its last checkpoint")
-    group = parser.add_argument_group("rewards")
-    group.add_argument("--reward", nargs="+", required=True, metavar="R", help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=DIRECTORY of a VLM, or NAME=file.py:function; each weighs 1/K")
-    group.add_argument("--judge", nargs="+", default=[], metavar="R", help="same form; only reported in the final table, never trained on")
-    group = parser.add_argument_group("rollout")
-    group.add_argument("--prompts-per-step", type=int, metavar="P", help="a multiple of ranks x updates (default: the smallest from 8 on)")
-    group.add_argument("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
-    group.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    group.add_argument("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 as in the paper")
-    group.add_argument("--cfg", type=float, help="guidance scale of rollout and evaluation; the objective is unguided (default: the checkpoint's, else 4)")
-    group.add_argument("--train-timesteps", type=int, default=3, metavar="N", help="steps that are stochastic and trained, spread over the noisier half (Sec. 4.2; the paper gives no number; default: %(default)s)")
-    group.add_argument("--noise-level", type=float, default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (Flow-GRPO's; default: %(default)s)")
-    group.add_argument("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's step should shrink with width)")
-    group.add_argument("--clip-eps", type=float, default=1e-3, metavar="EPS", help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
-    group.add_argument("--kl-coef", type=float, default=0.0, metavar="B", help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
-    group.add_argument("--updates-per-rollout", type=int, default=2, metavar="U", help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
-    group.add_argument("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
-    group.add_argument("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
-    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in the backward pass (default: on a GPU)")
-    group.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    add = parser.add_argument_group("run").add_argument
+    add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
+    add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
+    add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
+    add("--name", help="directory under runs/ (default: made from the rewards and the seed)")
+    add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--save-every", type=int, default=50, metavar="STEPS", help="between checkpoints (default: %(default)s)")
+    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids (default: %(default)s)")
+    add("--eval-images", type=int, default=400, metavar="N",
+        help="held-out images in the final table, 0 for no table (default: %(default)s)")
+    add("--resume", action="store_true", help="continue runs/NAME from its last checkpoint")
+    add = parser.add_argument_group("rewards").add_argument
+    add("--reward", nargs="+", required=True, metavar="R",
+        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=DIRECTORY of a VLM, or "
+             "NAME=file.py:function; each weighs 1/K")
+    add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
+    add = parser.add_argument_group("rollout").add_argument
+    add("--prompts-per-step", type=int, metavar="P",
+        help="a multiple of ranks x updates (default: the smallest from 8 on)")
+    add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--cfg", type=float, metavar="S",
+        help="guidance scale of rollout and evaluation; the objective is unguided (default: the checkpoint's, else 4)")
+    add("--train-timesteps", type=int, default=3, metavar="N",
+        help="sampler steps that are stochastic and trained, spread over the noisier half (Sec. 4.2; default: %(default)s)")
+    add("--noise-level", type=float, default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
+    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--clip-eps", type=float, default=1e-3, metavar="EPS",
+        help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
+    add("--kl-coef", type=float, default=0.0, metavar="W",
+        help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
+    add("--updates-per-rollout", type=int, default=2, metavar="U",
+        help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
+    add("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
+    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass (default: on a GPU)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="replay the sampler step as a CUDA graph (default: on a GPU)")
     return parser.parse_args(argv)
 
 
@@ -153,9 +165,9 @@ def open_run(args, rank):
             raise FileNotFoundError(f"--resume: there is no run {run}; name it with --name")
         free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "name")
         before = json.loads((run / "args.json").read_text())
-        changed = [k for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
-            raise ValueError(f"--resume: {run} was started with other values of {', '.join('--' + c.replace('_', '-') for c in changed)}")
+            raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
         return run
     if args.name and run.exists():
         raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
@@ -190,9 +202,10 @@ def read_log(path):
 
 
 def save_grid(path, *rows, columns=8):
-    """A PNG of [(prompt, image)] lists; several lists are interleaved row by row, so that the same prompts stand together."""
+    """A PNG of [(prompt, image)] lists, interleaved row by row, so that the same prompts stand together."""
     lines = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
-    image_grid_png(path, [[image for _, image in line] for line in lines], [[prompt for prompt, _ in line] for line in lines])
+    pictures, labels = ([[pair[part] for pair in line] for line in lines] for part in (1, 0))
+    image_grid_png(path, pictures, labels)
 
 
 def report(run, rewards, before, after, title):
@@ -201,13 +214,14 @@ def report(run, rewards, before, after, title):
     table = {}
     for reward, a, b in zip(rewards, before, after):
         base, trained, difference, half = interval(a, b)
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [difference - half, difference + half]}
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{difference - half:+.3f}, {difference + half:+.3f}]")
+        low, high = difference - half, difference + half
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
 
 
 def interval(before, after):
-    """Mean of each (images,) -> means, their difference and its 95% interval, paired by prompt: (prompts, images) tensors."""
+    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
     difference = (after - before).nanmean(dim=1)
     half = 1.96 * difference.std() / len(difference) ** 0.5
     return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
@@ -232,9 +246,11 @@ def main(argv=None):
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step or unit * math.ceil(8 / unit)
     if P % unit:
-        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {max(unit, P // unit * unit)}, {(P // unit + 1) * unit}")
-    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], args.sampler_steps or 40,
-                  None if args.sampler_steps else index.get("sample_sigmas"))
+        below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
+        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    scheduler = read_config(root / "scheduler" / "scheduler_config.json")
+    sigmas = None if args.sampler_steps else index.get("sample_sigmas")
+    t = timesteps(scheduler, grid[0] * grid[1], args.sampler_steps or 40, sigmas)
     K = len(t) - 1
     run = open_run(args, rank)
 
@@ -242,9 +258,9 @@ def main(argv=None):
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
+    used = {i: requests[i] for share in shares for part in share for i in part}
     vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, requests, [i for share in shares for part in share for i in part], height * width, device)
-    encoded_eval = encode_prompts(root, vae, heldout, eval_ids, height * width, device)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, height * width, device)
 
     # ---- 7. models -------------------------------------------------------------------------------------------
     slot = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
@@ -263,7 +279,8 @@ def main(argv=None):
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     pool, peak = ThreadPoolExecutor(max_workers=1), matmul_peak(device)
     if rank == 0:
-        print(f"{run}: {sum(p.numel() for p in policy.parameters()):,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
+        size = sum(param.numel() for param in policy.parameters())
+        print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
         print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for reward in rewards:
             print(f"reward {reward.name}: weight {reward.weight:.3g}, {reward.source}")
@@ -287,16 +304,17 @@ def main(argv=None):
 
     def heldout_images(ids, number):
         """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
-        images = [(-1, i, n) for i in ids for n in range(number)]
-        batches = generate(sampler, vae, encoded_eval, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
-        return [(key[1], image) for chunk, pictures, _ in batches for key, image in zip(chunk, pictures)]
+        images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
+        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
 
     def heldout_scores(number):
         """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt, of all ranks."""
         images = heldout_images(eval_ids, number)
-        scores = torch.tensor(score_images(rewards + judges, [image for _, image in images], [heldout[i] for i, _ in images]))
-        scores = all_gather_list(scores.unflatten(1, (-1, number)).transpose(0, 1).double().tolist())
-        return torch.tensor(scores).transpose(0, 1), all_gather_list([(heldout[i].prompt, image) for i, image in images[::number]])
+        scores = score_images(rewards + judges, [image for _, image in images], [heldout[i] for i, _ in images])
+        scores = torch.tensor(scores).unflatten(1, (-1, number)).transpose(0, 1)                             # (prompts, K, number)
+        scores = torch.tensor(all_gather_list(scores.tolist())).transpose(0, 1)
+        return scores, all_gather_list([(heldout[i].prompt, image) for i, image in images[::number]])
 
     # ---- 8. train --------------------------------------------------------------------------------------------
     log = read_log(run / "log.jsonl")[:start] if args.resume else []
@@ -304,7 +322,8 @@ def main(argv=None):
     for step in bar:
         fill(slot, own_rows(policy))
         if step % args.sample_every == 0:
-            shown = all_gather_list([(heldout[i].prompt, image) for i, image in heldout_images(eval_ids[:24 // world], 1)])
+            shown = [(heldout[i].prompt, image) for i, image in heldout_images(eval_ids[:24 // world], 1)]
+            shown = all_gather_list(shown)
             if rank == 0:
                 save_grid(run / "samples" / f"{step:06d}.png", shown)
         clock = time.perf_counter()
@@ -377,14 +396,16 @@ def main(argv=None):
             "ratio_dev": [max(values) for values in zip(*(part[2] for part in parts))],
             "clip_frac": [sum(values) / world for values in zip(*(part[3] for part in parts))],
             "kl": sum(map(sum, (part[4] for part in parts))) / max(1, len(kl) * world), "grad_norm": grad_norm,
-            "seconds": {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds, "train": train_seconds},
+            "seconds": {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds,
+                        "train": train_seconds},
             "images_per_second": P * G / seconds, "mfu": sum(part[5] for part in parts) / seconds / (peak * world)}
         log.append(record)
         if rank == 0:
             with open(run / "log.jsonl", "w" if step == start else "a") as file:
                 for line in log if step == start else [record]:
                     file.write(json.dumps(line) + "\n")
-            line_chart(run / "curve.png", {r.name: [(l["step"], l["reward"][r.name]) for l in log] for r in rewards}, "mean reward of the rollout", "step")
+            curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log] for r in rewards}
+            line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
@@ -398,7 +419,8 @@ def main(argv=None):
         fill(slot, own_rows(policy))
         after, pictures_after = heldout_scores(number)
         if rank == 0:
-            report(run, rewards + judges, before, after, f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds")
+            title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
+            report(run, rewards + judges, before, after, title)
             save_grid(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")

@@ -135,8 +135,8 @@ class Attention(nn.Module):
             k, v = k.contiguous(), v.contiguous()
             keep = k, v
         else:
-            k = torch.cat([select_prompts(past[0], index, len(x)), k], dim=2)  # (B, H, S+N, head_dim)
-            v = torch.cat([select_prompts(past[1], index, len(x)), v], dim=2)
+            k = torch.cat([select_prompts(past[0], index, len(x)).to(k.dtype), k], dim=2)  # (B, H, S+N, head_dim)
+            v = torch.cat([select_prompts(past[1], index, len(x)).to(v.dtype), v], dim=2)
             keep = None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2)), keep
@@ -600,7 +600,7 @@ def fit(image, area):
     """The image resized to about `area` pixels, sides multiples of 32, as RGBA."""
     ratio = image.width / image.height
     width = math.sqrt(area * ratio)
-    size = (round(width / 32) * 32, round(width / ratio / 32) * 32)
+    size = (max(1, round(width / 32)) * 32, max(1, round(width / ratio / 32)) * 32)
     return image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
 
 
@@ -616,19 +616,19 @@ def to_images(pixels):
 
 
 @torch.no_grad()
-def encode_prompts(root, vae, requests, ids, area, device):
-    """The requests with these ids -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
+def encode_prompts(root, vae, requests, area, device):
+    """{id: Request} -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
 
     The branch without text keeps its images; without images it is one object for all. area: pixels each source is
     resized to, the output's. The text encoder is loaded for this call and released.
     """
     encoder = TextEncoder(root, device, compute_dtype(device))
     empty, encoded = Prompt(*encoder.encode(" "), []), {}
-    for i in sorted(set(ids)):
-        images = [fit(image, area) for image in requests[i].images()]
+    for i, request in requests.items():
+        images = [fit(image, area) for image in request.images()]
         latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
         without = Prompt(*encoder.encode(" ", images), latents) if images else empty
-        encoded[i] = Prompt(*encoder.encode(requests[i].prompt, images), latents), without
+        encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
     return encoded
 
 
@@ -665,6 +665,8 @@ def read_config(path, kind=None):
         raise FileNotFoundError(f"{path} is missing; the directory is not a complete checkpoint") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
     if kind and config.get("_class_name") != kind:
         raise ValueError(f"{path}: _class_name is {config.get('_class_name')!r}, expected {kind!r}")
     return config
@@ -674,7 +676,10 @@ def weight_files(directory):
     """{key: file} of a component, from its index or its single file."""
     index, single = directory / f"{WEIGHTS}.safetensors.index.json", directory / f"{WEIGHTS}.safetensors"
     if index.exists():
-        return {key: directory / name for key, name in read_config(index)["weight_map"].items()}
+        weight_map = read_config(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: no weight_map")
+        return {key: directory / name for key, name in weight_map.items()}
     with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -758,12 +763,14 @@ def save_model(directory, base, transformer, guidance):
     """
     directory = Path(directory)
     part = directory.with_name(directory.name + ".part")
+    if directory.resolve() in (base.resolve(), *(path.resolve().parent for path in base.iterdir())):
+        raise ValueError(f"{directory} holds parts of the base model {base}; save somewhere else")
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         remove(part)
         (part / "transformer").mkdir(parents=True)
         for path in base.iterdir():
-            if path.name not in ("transformer", "model_index.json", "rewards"):
+            if path.name not in ("transformer", "model_index.json"):
                 (part / path.name).symlink_to(path.resolve())
         index = read_config(base / "model_index.json")
         index["_sampling"] = index.get("_sampling", {}) | {"guidance_scale": guidance}
@@ -771,7 +778,7 @@ def save_model(directory, base, transformer, guidance):
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     shards, size = [[]], 0
     for key, param in transformer.named_parameters():
-        if size + 2 * param.numel() > SHARD_BYTES:
+        if shards[-1] and size + 2 * param.numel() > SHARD_BYTES:
             shards, size = shards + [[]], 0
         shards[-1].append((key, param))
         size += 2 * param.numel()
@@ -793,6 +800,8 @@ def save_model(directory, base, transformer, guidance):
             write_text(part / "transformer" / f"{WEIGHTS}.safetensors.index.json", json.dumps(index, indent=2))
         remove(directory)
         part.rename(directory)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def save_checkpoint(directory, step, model, optimizer):
@@ -801,6 +810,9 @@ def save_checkpoint(directory, step, model, optimizer):
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
+    if dist.get_rank() == 0:
+        remove(part)
+    dist.barrier()
     model.reshard()
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
@@ -848,18 +860,22 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     tokens: target tokens of one image (they set the dynamic shift). sample_sigmas override `steps` and still pass
     through the shift, as in diffusers.
     """
-    unsupported = [k for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas") if scheduler.get(k)]
+    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+    unsupported = [flag for flag in flags if scheduler.get(flag)]
     if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
     t = np.linspace(1, 1 / steps, steps) if sample_sigmas is None else np.array(sample_sigmas)
     t = t.astype(np.float32)
-    if scheduler["use_dynamic_shifting"]:
+    if len(t) < 2:
+        raise ValueError("the sampler needs at least 2 steps")
+    if scheduler.get("use_dynamic_shifting"):
         low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
         slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
         shift = math.exp(tokens * slope + (scheduler["base_shift"] - slope * low))
         t = shift / (shift + (1 / t - 1))
     else:
-        t = scheduler["shift"] * t / (1 + (scheduler["shift"] - 1) * t)
+        shift = scheduler.get("shift", 1.0)
+        t = shift * t / (1 + (shift - 1) * t)
     if scheduler.get("shift_terminal"):
         t = 1 - (1 - t) / ((1 - t)[-1] / (1 - scheduler["shift_terminal"]))
     return torch.cat([torch.from_numpy(t), torch.zeros(1)])
@@ -881,7 +897,7 @@ def image_generator(seed, step, prompt_id, image):
 
     It depends on nothing else: neither batch layout nor world size nor device.
     """
-    key = hashlib.blake2b(repr((seed, step, prompt_id, image)).encode(), digest_size=8).digest()
+    key = hashlib.blake2b(f"{seed} {step} {prompt_id} {image}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
 
 
@@ -1068,14 +1084,17 @@ def copy_prefix(target, source):
 
 
 def detach_prefix(prefix):
-    """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix graph."""
-    return prefix._replace(kv=[(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.kv])
+    """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix graph.
+
+    Leaves are fp32, so that gradients of many micro-batches are summed in fp32.
+    """
+    return prefix._replace(kv=[tuple(x.detach().float().requires_grad_() for x in kv) for kv in prefix.kv])
 
 
 def backward_prefix(prefix, leaves):
     """Push the gradients that the leaves of `detach_prefix` have gathered through the prefix, once."""
     tensors, grads = [x for kv in prefix.kv for x in kv], [x.grad for kv in leaves.kv for x in kv]
-    torch.autograd.backward(tensors, grads)
+    torch.autograd.backward(tensors, [grad.to(x.dtype) for x, grad in zip(tensors, grads)])
 
 
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
@@ -1202,13 +1221,13 @@ def load_function(source):
 def setup():
     """Process group for any world size, with or without torchrun, CUDA or not: (rank, world, device)."""
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
 
 

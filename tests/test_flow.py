@@ -228,9 +228,9 @@ def test_sampler_equals_a_naive_loop_bit_for_bit(network, cfg):
 @torch.no_grad()
 def test_kept_states_are_steps_of_the_sde(network):
     """x_{k+1} = mean + std noise, the noise being the next of the image's own stream; deterministic steps draw none."""
-    pair = make_pairs()[0]
+    pair, sampler = make_pairs()[0], model.Sampler(network, graphs=False)
     noise = draws((0, 1, 2, 0), 4)
-    _, kept = model.Sampler(network, graphs=False)([pair], generators(1), GRID, SCHEDULE, MIXED, 1, keep=[0, 1, 2, 3, 4])
+    _, kept = sampler([pair], generators(1), GRID, SCHEDULE, MIXED, 1, keep=[0, 1, 2, 3, 4])
     assert torch.equal(kept[0][0], noise[0])
     for k, eps in {0: noise[1], 1: noise[2], 2: None, 3: noise[3]}.items():
         v = network(kept[k], SCHEDULE[k:k + 1], [pair[0]], GRID)

@@ -203,8 +203,8 @@ def test_vae_accepts_its_unused_convolutions_and_nothing_else(root):
     after = dict(model.load_vae(root, "cpu", torch.float32).named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert not any(param.requires_grad for param in after.values())
-    for key in ("decoder.time_conv.weight", "encoder.down_blocks.1.downsampler.time_conv.scale",
-                "encoder.down_blocks.1.downsampler.time_conv.weight.1", "decoder.up_blocks.0.upsampler.time_mix.weight"):
+    for key in ("decoder.time_conv.weight", "decoder.up_blocks.0.upsampler.time_mix.weight",
+                TIME_CONV.replace("weight", "scale"), TIME_CONV + ".1"):
         edit(path, lambda state: state.update({key: torch.ones(1)}))
         with pytest.raises(ValueError) as error:
             model.load_vae(root, "cpu", torch.float32)

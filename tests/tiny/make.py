@@ -369,8 +369,8 @@ def base_samples(prompts, per_prompt, seed):
     """[(prompt, image)] of the base model, each prompt at one of several guidance scales."""
     torch.set_num_threads(os.cpu_count())
     vae = model.load_vae(OUT, "cpu", torch.float32)
-    requests = [model.Request(p) for p in prompts]
-    encoded = model.encode_prompts(OUT, vae, requests, range(len(prompts)), 64 * 64, torch.device("cpu"))
+    requests = {i: model.Request(prompt) for i, prompt in enumerate(prompts)}
+    encoded = model.encode_prompts(OUT, vae, requests, 64 * 64, torch.device("cpu"))
     flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
     sampler, samples = model.Sampler(flow, graphs=False), []
     t = model.timesteps(SCHEDULER, 16, sample_sigmas=INDEX["sample_sigmas"])
@@ -400,6 +400,7 @@ def make_scores():
     sets = {
         "train": drawn_samples(rng, 3000) + base_samples(train, 12, SEED), "drawn": drawn_samples(rng, 400),
         "samples": base_samples(held_out, 8, SEED + 1)}
+    examples = []
     rules = {"aesthetic": lambda image, prompt: world.aesthetic(image),
              "alignment": lambda image, prompt: world.alignment(image, prompt)[1]}
     for part, samples in sets.items():
@@ -411,6 +412,12 @@ def make_scores():
                 records[name].append({"prompt": prompt, "image": f"{part}/{i:05d}.png", "score": round(1 + 4 * rule(image, prompt), 3)})
         for name in rules:
             write_lines(BUILD / f"{name}-{part}.jsonl", records[name])
+        if part != "train":  # a few stay in git, as an example of the format
+            (HERE / "scores" / part).mkdir(parents=True, exist_ok=True)
+            for record in records["aesthetic"][:24]:
+                (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
+            examples += records["aesthetic"][:24]
+    write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
 
 
 def make_rewards(steps={"aesthetic": 700, "alignment": 1000}):
