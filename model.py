@@ -13,7 +13,7 @@ weights; no biases; LayerNorm without parameters, modulated by one projection of
 gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is block-causal: text is causal,
 every image sees itself and what precedes it. Text and source images are modulated at t = 0.
 
-Equation numbers are those of the Qwen-Image-2.0-RL report. `python model.py` checks itself on the tiny checkpoint.
+Equation numbers are those of the Qwen-Image-2.0-RL report.
 """
 
 import os
@@ -26,6 +26,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -1297,8 +1298,7 @@ def image_grid_png(path, rows, labels, width=None):
             left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
             sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
-            characters = cell // 6
-            lines = [caption[i:i + characters] for i in range(0, len(caption), characters)][:2]
+            lines = textwrap.wrap(caption, cell // 5)[:2]
             draw.text((left, top + height + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     sheet.save(path)
 

@@ -20,7 +20,8 @@ import argparse
 import json
 from pathlib import Path
 
-from model import RUBRICS, Processor, expected_score, find_rubric, on_white, score_text, score_tokens, write_text
+from model import (
+    RUBRICS, Processor, expected_score, find_rubric, on_white, score_text, score_tokens, write_text)
 import numpy as np
 import torch
 from PIL import Image
@@ -33,19 +34,22 @@ TINY = Path(__file__).resolve().parent / "tests" / "tiny" / "model"
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reward", required=True, metavar="NAME", help=f"which built-in rubric to ask: {', '.join(RUBRICS)}; or any name, with --rubric")
-    parser.add_argument("--rubric", metavar="FILE", help="text file with the rubric, {prompt} where the prompt goes")
-    parser.add_argument("--data", required=True, metavar="FILE", help="scored pictures to train on")
-    parser.add_argument("--eval-data", metavar="FILE", nargs="*", default=[], help="held-out scored pictures")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--base", default=str(TINY / "text_encoder"), metavar="DIR", help="VLM to start from (default: the tiny one)")
-    parser.add_argument("--processor", metavar="DIR", help="its tokenizer and image processor (default: --base, or ../processor)")
-    parser.add_argument("--pixels", type=int, metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
-    parser.add_argument("--mass-coef", type=float, default=0.1, help="weight of -log(mass on the score tokens) (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
+    add = parser.add_argument
+    add("--reward", required=True, metavar="NAME",
+        help=f"which built-in rubric to ask: {', '.join(RUBRICS)}; or any name, with --rubric")
+    add("--rubric", metavar="FILE", help="text file with the rubric, {prompt} where the prompt goes")
+    add("--data", required=True, metavar="FILE", help="scored pictures to train on")
+    add("--eval-data", metavar="FILE", nargs="*", default=[], help="held-out scored pictures")
+    add("--out", required=True, metavar="DIR", help="directory to write")
+    add("--base", default=str(TINY / "text_encoder"), metavar="DIR", help="VLM to start from (default: the tiny one)")
+    add("--processor", metavar="DIR", help="its tokenizer and image processor (default: --base, or ../processor)")
+    add("--pixels", type=int, metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
+    add("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
+    add("--batch", type=int, default=32, help="pictures per step (default: %(default)s)")
+    add("--lr", type=float, default=1e-3,
+        help="AdamW, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
+    add("--mass-coef", type=float, default=0.1, help="weight of -log(mass on the score tokens) (default: %(default)s)")
+    add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -146,7 +150,8 @@ def main():
     # ---- 7. model --------------------------------------------------------------------------------------------
     vlm = AutoModelForImageTextToText.from_pretrained(args.base, dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    print(f"{args.reward}: {sum(p.numel() for p in vlm.parameters()):,} parameters, {len(train)} scored pictures, {args.steps} steps of {args.batch}")
+    size = sum(param.numel() for param in vlm.parameters())
+    print(f"{args.reward}: {size:,} parameters, {len(train)} scored pictures, {args.steps} steps of {args.batch}")
 
     # ---- 8. train --------------------------------------------------------------------------------------------
     order, bar, running = [], tqdm(range(args.steps), desc=args.reward, dynamic_ncols=True), None
@@ -173,9 +178,11 @@ def main():
     processor.image_processor.save_pretrained(out)
     vlm.to(torch.float32)
     result = {path: evaluate(vlm, processor, tokens, rubric, rows, device) for path, rows in held_out.items()}
-    write_text(out / "reward.json", json.dumps({"name": args.reward, "rubric": rubric, "held_out": {Path(p).name: r for p, r in result.items()}}, indent=2))
+    card = {"name": args.reward, "rubric": rubric, "held_out": {Path(path).name: row for path, row in result.items()}}
+    write_text(out / "reward.json", json.dumps(card, indent=2))
     for path, row in result.items():
-        print(f"{Path(path).name}: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(f"{Path(path).name}: {'  '.join(cells)}")
     print(f"wrote {out}")
 
 

@@ -78,7 +78,7 @@ def test_saved_directory_is_complete(root, tmp_path):
     """Everything frozen is linked to the base, the guidance scale is noted, nothing temporary stays."""
     model.save_model(tmp_path / "new", root, load(root), guidance=3.0)
     new = model.find_model(tmp_path / "new")
-    assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "scheduler", "transformer", "vae"]
+    assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "rewards", "scheduler", "transformer", "vae"]
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
     assert (new / "vae").readlink() == root / "vae"
     assert model.transformer_config(new) == TRANSFORMER
