@@ -12,7 +12,8 @@ The run ends with a table: held-out prompts, same seeds, before and after. Every
 Differs from the paper:
   1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no ratio. (The paper
      samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. log-prob is the mean over dimensions, not the sum, so the ratio does not depend on resolution; hence --clip-eps 1e-3.
+  2. log-prob is the mean over dimensions, not the sum, so that the ratio does not depend on resolution; hence --clip-eps
+     1e-3.
   3. Hybrid CFG (Sec. 4.1) leaves the old log-prob open. Here it is that of the unguided policy at the sampled states, so
      the ratio is exactly 1 before the first update.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
@@ -22,6 +23,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,13 +31,14 @@ from pathlib import Path
 from model import (
     Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
     forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_weights, materialise, matmul_peak, new_transformer, noise_levels, own_rows, park, read_config, save_checkpoint, save_model,
+    load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park, read_config, save_checkpoint, save_model,
     sde_mean_std, setup, shard, synchronise, timesteps, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+CPU = torch.device("cpu")
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
@@ -46,14 +49,15 @@ def parse_args(argv=None):
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
     add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
-    add("--name", help="directory under runs/ (default: made from the rewards and the seed)")
+    add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
     add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
-    add("--save-every", type=int, default=50, metavar="STEPS", help="between checkpoints (default: %(default)s)")
-    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids (default: %(default)s)")
+    add("--save-every", type=int, default=50, metavar="STEPS",
+        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=int, default=400, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
-    add("--resume", action="store_true", help="continue runs/NAME from its last checkpoint")
+    add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", nargs="+", required=True, metavar="R",
         help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=DIRECTORY of a VLM, or "
@@ -97,13 +101,17 @@ def trained_steps(count, total):
     half = max(1, total // 2)
     if not 1 <= count <= half:
         raise ValueError(f"--train-timesteps {count}: want 1 to {half}, half of the {total} sampler steps")
-    return sorted({round(i * (half - 1) / max(1, count - 1)) for i in range(count)})
+    return [round(i * (half - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def score_images(rewards, images, requests):
     """The images' scores by every reward: [K][B] floats, NaN where one failed. Runs in a background thread."""
-    prompts, sources = [r.prompt for r in requests], [r.images() for r in requests]
-    return [list(reward.score(images, prompts, sources)) for reward in rewards]
+    prompts, sources, scores = [r.prompt for r in requests], [r.images() for r in requests], []
+    for reward in rewards:
+        scores.append([float(score) for score in reward.score(images, prompts, sources)])
+        if len(scores[-1]) != len(images):
+            raise ValueError(f"reward {reward.name}: {len(scores[-1])} scores for {len(images)} images")
+    return scores
 
 
 # ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
@@ -159,42 +167,39 @@ def open_run(args, rank):
     """runs/NAME for this run: made new, or checked to be the one that --resume continues."""
     names = [spec.partition("=")[0] for spec in args.reward]
     stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
-    run = Path("runs") / stem
+    run, number = Path("runs") / stem, 2
     if args.resume:
-        if not (run / "args.json").exists():
-            raise FileNotFoundError(f"--resume: there is no run {run}; name it with --name")
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "name")
+        if not args.name or not (run / "args.json").exists():
+            raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
         before = json.loads((run / "args.json").read_text())
+        args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
         return run
     if args.name and run.exists():
         raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
-    number = 2
     while run.exists():
         run, number = Path("runs") / f"{stem}-{number}", number + 1
     dist.barrier()  # every rank has looked before rank 0 creates it
     if rank == 0:
         (run / "samples").mkdir(parents=True)
-        write_text(run / "args.json", json.dumps(vars(args), indent=2))
     return run
 
 
 def prompt_ids(step, count, per_step, seed):
-    """The prompts of a step, a function of (seed, step) alone: each epoch is a new permutation of all `count`."""
-    ids = []
-    for place in range(step * per_step, (step + 1) * per_step):
-        epoch, i = divmod(place, count)
-        generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
-        ids.append(torch.randperm(count, generator=generator)[i].item())
-    return sorted(ids)  # by task, as the prompt file is
+    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
+    if per_step > count:
+        raise ValueError(f"--prompts-per-step {per_step}: the prompt file has only {count}")
+    epoch, part = divmod(step, count // per_step)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
 
 
 def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, [updates][groups]: every update takes an equal slice from every rank."""
-    groups = len(ids) // (updates * world)
-    return [[ids[(u * world + rank) * groups + i] for i in range(groups)] for u in range(updates)]
+    """This rank's prompt ids, [updates][groups]: an update has the same prompts whatever the number of ranks."""
+    return [ids[update::updates][rank::world] for update in range(updates)]
 
 
 def read_log(path):
@@ -224,13 +229,16 @@ def interval(before, after):
     """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
     difference = (after - before).nanmean(dim=1)
     half = 1.96 * difference.std() / len(difference) ** 0.5
-    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
+    return before.nanmean().item(), after.nanmean().item(), difference.nanmean().item(), half.item()
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        find_model(args.model)  # one download per machine
+    dist.barrier()
     root = find_model(args.model)
     index = read_config(root / "model_index.json")
     sampling = index.get("_sampling", {})
@@ -240,11 +248,12 @@ def main(argv=None):
     if height % 32 or width % 32:
         raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
     grid = (height // 16, width // 16)
-    cfg = args.cfg if args.cfg is not None else sampling.get("guidance_scale", 4.0)
-    lr = args.lr or 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"])
+    cfg = sampling.get("guidance_scale", 4.0) if args.cfg is None else args.cfg
+    lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
+    run = open_run(args, rank)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
-    P = args.prompts_per_step or unit * math.ceil(8 / unit)
+    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(8 / unit)
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
@@ -252,7 +261,6 @@ def main(argv=None):
     sigmas = None if args.sampler_steps else index.get("sample_sigmas")
     t = timesteps(scheduler, grid[0] * grid[1], args.sampler_steps or 40, sigmas)
     K = len(t) - 1
-    run = open_run(args, rank)
 
     # ---- 6. data (same in grpo, nft, opd) --------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
@@ -263,22 +271,25 @@ def main(argv=None):
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, height * width, device)
 
     # ---- 7. models -------------------------------------------------------------------------------------------
-    slot = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
-    sampler = Sampler(slot, cuda if args.graph is None else args.graph)
-    rewards, judges = (load_rewards(specs, root, device, dtype) for specs in (args.reward, args.judge))
+    sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
+    rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
     weights = torch.tensor([reward.weight for reward in rewards])
     trained = trained_steps(args.train_timesteps, K)
     sigma = noise_levels(t, trained, args.noise_level)
+    schedule = torch.stack([t[:-1], t.diff(), sigma])[:, :, None, None].to(device)                           # (3, K, 1, 1)
     keep = {k for step in trained for k in (step, step + 1)}
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    pool, peak = ThreadPoolExecutor(max_workers=1), matmul_peak(device)
+    pool = ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
+    peak = matmul_peak(device)
     if rank == 0:
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
         print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
@@ -288,8 +299,7 @@ def main(argv=None):
     def rows(states, group, micro):
         """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""
         x, x_next = (torch.stack([states[k + d][group, g] for k, g in micro]) for d in (0, 1))
-        k = torch.tensor([k for k, _ in micro])
-        return x, x_next, *(value[k, None, None].to(device) for value in (t, t[1:] - t[:-1], sigma))
+        return x, x_next, *schedule[:, [k for k, _ in micro]]
 
     @torch.no_grad()
     def frozen_velocities(ids, states):
@@ -308,28 +318,33 @@ def main(argv=None):
         batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
         return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
 
+    def gather_by_prompt(values):
+        """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
+        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+
     def heldout_scores(number):
-        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt, of all ranks."""
+        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
         images = heldout_images(eval_ids, number)
         scores = score_images(rewards + judges, [image for _, image in images], [heldout[i] for i, _ in images])
         scores = torch.tensor(scores).unflatten(1, (-1, number)).transpose(0, 1)                             # (prompts, K, number)
-        scores = torch.tensor(all_gather_list(scores.tolist())).transpose(0, 1)
-        return scores, all_gather_list([(heldout[i].prompt, image) for i, image in images[::number]])
+        scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
+        return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
     # ---- 8. train --------------------------------------------------------------------------------------------
     log = read_log(run / "log.jsonl")[:start] if args.resume else []
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
-        if step % args.sample_every == 0:
-            shown = [(heldout[i].prompt, image) for i, image in heldout_images(eval_ids[:24 // world], 1)]
-            shown = all_gather_list(shown)
+        if args.sample_every and step % args.sample_every == 0:
+            shown = heldout_images([i for i in eval_ids if i < 24], 1)
+            shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
             if rank == 0:
                 save_grid(run / "samples" / f"{step:06d}.png", shown)
         clock = time.perf_counter()
 
         # rollout, guided, by the policy in the slot; a decoded batch is scored in the background from here on
         ids = [i for part in shares[step] for i in part]
+        move_judges(rewards, device)
         images, states, futures = [(step, i, g) for i in ids for g in range(G)], [], []
         for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
             states.append(kept)
@@ -349,22 +364,25 @@ def main(argv=None):
         # advantages
         scores = torch.cat([torch.tensor(future.result()) for future in futures], dim=1).unflatten(1, (len(ids), G))
         advantage = group_advantage(scores, weights).to(device)                                              # (groups, G)
+        move_judges(rewards, CPU)
+        if cuda:
+            sampler.drop()  # the updates need the memory
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # updates, each on its own groups
         ratio_dev, clip_frac, grad_norm, kl = [], [], [], []
         groups = len(ids) // U
-        scale = world * U / (P * G * len(trained))  # sum over rows -> mean over the update; FSDP averages over ranks
+        scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
             ratios = []
             for group in range(update * groups, (update + 1) * groups):
                 prefix = policy.prefix([encoded[ids[group]][0]], grid)
                 leaves = detach_prefix(prefix)
                 for m, micro in enumerate(micro_batches):
-                    x, x_next, t_rows, dt, s = rows(states, group, micro)
-                    v = policy.velocity(x, t_rows.flatten(), leaves)                                         # (B, N, C) unguided
+                    x, x_next, *step_rows = rows(states, group, micro)
+                    v = policy.velocity(x, step_rows[0].flatten(), leaves)                                   # (B, N, C) unguided
                     a = advantage[group, [g for _, g in micro]]                                              # (B,)
-                    loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, t_rows, dt, s, a, args.clip_eps)
+                    loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, *step_rows, a, args.clip_eps)
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
                         loss = loss + args.kl_coef * penalty
@@ -372,6 +390,7 @@ def main(argv=None):
                     ratios.append(ratio)
                     (loss * scale).backward()
                 backward_prefix(prefix, leaves)
+                del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -386,7 +405,7 @@ def main(argv=None):
         work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
         parts = all_gather_list([(scores, advantage.cpu(), ratio_dev, clip_frac, kl, work)])
-        scores, advantage = (torch.cat([part[i] for part in parts], dim=i_dim) for i, i_dim in ((0, 1), (1, 0)))
+        scores, advantage = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts])
         seconds = rollout_seconds + frozen_seconds + wait_seconds + train_seconds
         record = {
             "step": step, "reward": {r.name: s.nanmean().item() for r, s in zip(rewards, scores)},
@@ -407,13 +426,14 @@ def main(argv=None):
             curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
     save_model(run / "model", root, policy, cfg)
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
+        move_judges(rewards + judges, device)
         load_weights(slot, root / "transformer")
         before, pictures_before = heldout_scores(number)
         fill(slot, own_rows(policy))

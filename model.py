@@ -20,6 +20,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -30,6 +31,7 @@ import textwrap
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -242,7 +244,7 @@ class FlowTransformer(nn.Module):
 
     def run_block(self, block, *args):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
 
     def prefix(self, prompts, grid):
@@ -630,7 +632,16 @@ def encode_prompts(root, vae, requests, area, device):
         latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
         without = Prompt(*encoder.encode(" ", images), latents) if images else empty
         encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
+    del encoder
+    free_memory(device)
     return encoded
+
+
+def free_memory(device):
+    """Give back what nothing refers to any more; transformers models are reference cycles, which only gc frees."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ---- 3. checkpoints ------------------------------------------------------------------------------------------
@@ -828,13 +839,13 @@ def save_checkpoint(directory, step, model, optimizer):
 
 
 def load_checkpoint(directory, model, optimizer):
-    """Restore the newest complete checkpoint, written by any number of ranks; returns its step."""
+    """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     complete = sorted(path for path in directory.glob("step-*") if path.suffix != ".part")
     if not complete:
-        raise FileNotFoundError(f"--resume: {directory} holds no checkpoint")
+        return 0  # stopped before the first save: start over
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=complete[-1])
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -951,11 +962,12 @@ def make_prefix(model, prompts, grid):
 class Sampler:
     """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
 
-    A step works on static buffers whose key is their exact shapes; with `graphs` it is captured once per key as a CUDA
-    graph and replayed. Refilling the model's weights in place needs no new capture. `drop` frees buffers and graphs.
+    A step works on static buffers whose key is their exact shapes; with `graphs` it is captured as a CUDA graph when a
+    shape comes back and replayed from then on. Refilling the model's weights in place needs no new capture. `drop` frees
+    buffers and graphs.
     """
 
-    KEEP = 8  # most recently used shapes
+    KEEP = 2  # most recently used shapes; each holds its prompts' keys and values
 
     def __init__(self, model, graphs):
         self.model, self.graphs = model, graphs
@@ -965,8 +977,7 @@ class Sampler:
         """Give the memory of buffers and graphs back; the next call captures anew."""
         self.entries.clear()
         self.pool = None
-        if self.graphs:
-            torch.cuda.empty_cache()
+        free_memory(self.model.img_in.weight.device)
 
     @torch.no_grad()
     def __call__(self, pairs, generators, grid, t, sigma, cfg, keep=()):
@@ -993,7 +1004,10 @@ class Sampler:
             b.row.copy_(row)
             if sigma[k] > 0:
                 b.noise.copy_(draw())
-            b.step()
+            if b.graph:
+                b.graph.replay()
+            else:
+                denoise_step(self.model, b)
         if len(rows) in keep:
             states[len(rows)] = b.x.clone()
         return b.x.clone(), states
@@ -1001,31 +1015,25 @@ class Sampler:
     def buffers(self, x, cond, uncond):
         shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
         key = (x.shape, shape(cond), shape(uncond))
-        if key not in self.entries:
-            b = SimpleNamespace(x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=clone_prefix(cond),
-                                uncond=clone_prefix(uncond), row=x.new_tensor([0.5, -0.1, 0.1]), cfg=x.new_ones(()))
-            b.step = lambda: denoise_step(self.model, b)
-            if self.graphs:
-                b.step = self.capture(b.step)
-            self.entries[key] = b
+        if key in self.entries:
+            b = self.entries[key]
+            if self.graphs and b.graph is None:  # the first use of this shape, eager, was the warm-up
+                b.graph = self.capture(b)
+        else:
+            while len(self.entries) >= self.KEEP:
+                self.entries.popitem(last=False)
+            b = self.entries[key] = SimpleNamespace(
+                x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=clone_prefix(cond), uncond=clone_prefix(uncond),
+                row=x.new_tensor([0.5, -0.1, 0.1]), cfg=x.new_ones(()), graph=None)
         self.entries.move_to_end(key)
-        if len(self.entries) > self.KEEP:
-            self.entries.popitem(last=False)
-        return self.entries[key]
+        return b
 
-    def capture(self, step):
-        """Two warm-up calls off the main stream, then the capture; reward threads may use CUDA meanwhile."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+    def capture(self, b):
+        """denoise_step on these buffers as a graph; a reward thread may use CUDA meanwhile."""
+        graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
+            denoise_step(self.model, b)
+        return graph
 
 
 def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
@@ -1038,7 +1046,7 @@ def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, ke
         generators = [image_generator(seed, *key) for key in chunk]
         x0, states = sampler([encoded[prompt] for _, prompt, _ in chunk], generators, grid, t, sigma, cfg, keep)
         with torch.no_grad():
-            pixels = vae.decode(x0.mT.unflatten(2, grid))
+            pixels = torch.cat([vae.decode(z) for z in x0.mT.unflatten(2, grid).split(4)])
         yield chunk, to_images(pixels), states
 
 
@@ -1094,8 +1102,11 @@ def detach_prefix(prefix):
 
 def backward_prefix(prefix, leaves):
     """Push the gradients that the leaves of `detach_prefix` have gathered through the prefix, once."""
-    tensors, grads = [x for kv in prefix.kv for x in kv], [x.grad for kv in leaves.kv for x in kv]
-    torch.autograd.backward(tensors, [grad.to(x.dtype) for x, grad in zip(tensors, grads)])
+    tensors, grads = [x for kv in prefix.kv for x in kv], []
+    for x, leaf in zip(tensors, (leaf for kv in leaves.kv for leaf in kv)):
+        grads.append(leaf.grad.to(x.dtype))
+        leaf.grad = None
+    torch.autograd.backward(tensors, grads)
 
 
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
@@ -1133,19 +1144,15 @@ def expected_score(logits, tokens):
 class VLMScorer:
     """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
 
-    directory: weights; processor: tokenizer and image processor (the same directory unless the checkpoint's own text
-    encoder is the judge); rubric: what is asked, with {prompt} where the prompt goes. Source images come first.
+    processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes.
+    Source images come first.
     """
 
     BATCH = 32
 
-    def __init__(self, directory, processor, rubric, device, dtype):
-        self.processor, self.rubric, self.device = Processor(processor), rubric, device
-        self.vlm = load_vlm(directory, device, dtype)
+    def __init__(self, vlm, processor, rubric):
+        self.vlm, self.processor, self.rubric = vlm, Processor(processor), rubric
         self.tokens = score_tokens(self.processor.tokenizer)
-
-    def text(self, prompt, images):
-        return score_text(self.processor.tokenizer, self.rubric, prompt, images)
 
     @torch.no_grad()
     def __call__(self, images, prompts, sources):
@@ -1153,9 +1160,9 @@ class VLMScorer:
         for first in range(0, len(images), self.BATCH):
             rows = range(first, min(first + self.BATCH, len(images)))
             pictures = [[*sources[i], images[i]] for i in rows]
-            texts = [self.text(prompts[i], len(p)) for i, p in zip(rows, pictures)]
+            texts = [score_text(self.processor.tokenizer, self.rubric, prompts[i], len(p)) for i, p in zip(rows, pictures)]
             inputs = self.processor(texts, [on_white(image) for p in pictures for image in p])
-            inputs = {key: value.to(self.device) for key, value in inputs.items()}
+            inputs = {key: value.to(self.vlm.device) for key, value in inputs.items()}
             logits = self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             scores += expected_score(logits, self.tokens)[0].tolist()
         return scores
@@ -1176,24 +1183,38 @@ def score_text(tokenizer, rubric, prompt, images):
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "<score>"
 
 
-def load_rewards(specs, root, device, dtype):
-    """`--reward` values -> [Reward], weights 1/K. NAME, NAME=DIRECTORY or NAME=file.py:function."""
+def load_rewards(specs, root, dtype, vlms):
+    """`--reward` values -> [Reward], weights 1/K. NAME, NAME=DIRECTORY or NAME=file.py:function.
+
+    VLMs wait in host memory for `move_judges`; `vlms` {directory: model} lets several rewards share one.
+    """
     rewards = []
     for spec in specs:
         name, _, source = spec.partition("=")
         source = source or (str(root / "rewards" / name) if (root / "rewards" / name).is_dir() else "")
         if ".py:" in source:
-            score = load_function(source)
-        elif source:
-            config = Path(source) / "reward.json"
-            rubric = read_config(config)["rubric"] if config.exists() else find_rubric(name)
-            score = VLMScorer(source, source, rubric, device, dtype)
-        else:
-            print(f"reward {name}: no {root / 'rewards' / name}, so the checkpoint's own text encoder judges zero-shot")
-            source = str(root / "text_encoder")
-            score = VLMScorer(source, root / "processor", find_rubric(name), device, dtype)
-        rewards.append(Reward(name, 1 / len(specs), source, score))
+            rewards.append(Reward(name, 1 / len(specs), source, load_function(source)))
+            continue
+        directory = source or str(root / "text_encoder")
+        config = Path(directory) / "reward.json"
+        rubric = read_config(config)["rubric"] if config.exists() else find_rubric(name)
+        if directory not in vlms:
+            vlms[directory] = load_vlm(directory, "cpu", dtype)
+        scorer = VLMScorer(vlms[directory], directory if source else root / "processor", rubric)
+        note = "" if source else f" (zero-shot: there is no {root / 'rewards' / name})"
+        rewards.append(Reward(name, 1 / len(specs), directory + note, scorer))
     return rewards
+
+
+def move_judges(rewards, device):
+    """Local VLM judges onto the GPU for scoring; with the CPU as device, back to the host copies they came from."""
+    vlms = {id(reward.score.vlm): reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}
+    for vlm in vlms.values():
+        for x in (*vlm.parameters(), *vlm.buffers()):
+            if device.type == "cuda":
+                x.host, x.data = x.data, x.data.to(device)
+            elif hasattr(x, "host"):
+                x.data = x.host
 
 
 def find_rubric(name):
@@ -1225,10 +1246,9 @@ def setup():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # may differ with and without gradients; the ratio must be exactly 1
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 

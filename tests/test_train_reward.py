@@ -66,8 +66,9 @@ def test_trained_scorer_loads_and_scores_with_the_rubric_it_was_trained_on(tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     card = json.loads((tmp_path / "out" / "reward.json").read_text())
     assert card["rubric"].startswith("How nice") and card["held_out"]["aesthetic.jsonl"]["srcc"] > 0.3
-    (reward,) = model.load_rewards([f"niceness={tmp_path / 'out'}"], make.OUT, torch.device("cpu"), torch.float32)
-    assert "How nice is this from 1 to 5? a red circle" in reward.score.text("a red circle", 1)
+    (reward,) = model.load_rewards([f"niceness={tmp_path / 'out'}"], make.OUT, torch.float32, {})
+    text = model.score_text(reward.score.processor.tokenizer, reward.score.rubric, "a red circle", 1)
+    assert "How nice is this from 1 to 5? a red circle" in text and text.endswith("<|im_start|>assistant\n<score>")
     rows = train_reward.load_scores(SCORES)[:5]
     images = [model.Image.open(paths[-1]) for _, paths, _ in rows]
     together = reward.score(images, [row[0] for row in rows], [[]] * 5)
@@ -87,26 +88,26 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_reward_sources():
-    device = torch.device("cpu")
     trained, judged, function = model.load_rewards(
         ["aesthetic", f"other={make.OUT / 'rewards' / 'alignment'}", f"oracle={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"],
-        make.OUT, device, torch.float32)
+        make.OUT, torch.float32, {})
     assert [r.weight for r in (trained, judged, function)] == [1 / 3] * 3
     assert trained.score.rubric == model.RUBRICS["aesthetic"] and judged.score.rubric == model.RUBRICS["alignment"]
     with pytest.raises(ValueError, match="no such rubric"):
-        model.load_rewards(["beauty"], make.OUT, device, torch.float32)
+        model.load_rewards(["beauty"], make.OUT, torch.float32, {})
     with pytest.raises(FileNotFoundError, match="no file nowhere.py"):
-        model.load_rewards(["x=nowhere.py:f"], make.OUT, device, torch.float32)
+        model.load_rewards(["x=nowhere.py:f"], make.OUT, torch.float32, {})
     with pytest.raises(AttributeError, match="no function missing"):
-        model.load_rewards([f"x={ROOT / 'tests/tiny/world.py'}:missing"], make.OUT, device, torch.float32)
+        model.load_rewards([f"x={ROOT / 'tests/tiny/world.py'}:missing"], make.OUT, torch.float32, {})
 
 
-def test_text_encoder_judges_zero_shot_when_there_is_no_trained_model(tmp_path, capsys):
+def test_text_encoder_judges_zero_shot_when_there_is_no_trained_model(tmp_path):
     for path in make.OUT.iterdir():
         if path.name != "rewards":
             (tmp_path / path.name).symlink_to(path)
-    (reward,) = model.load_rewards(["aesthetic"], tmp_path, torch.device("cpu"), torch.float32)
-    assert "judges zero-shot" in capsys.readouterr().out
+    vlms = {}
+    reward, other = model.load_rewards(["aesthetic", "alignment"], tmp_path, torch.float32, vlms)
+    assert "zero-shot" in reward.source and reward.score.vlm is other.score.vlm and len(vlms) == 1
     (score,) = reward.score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]])
     assert 1 <= score <= 5
 
@@ -120,7 +121,7 @@ def scored():
     rng = np.random.default_rng(77)
     prompts = [json.loads(line)["prompt"] for line in (ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines()]
     sets = {"drawn": make.drawn_samples(rng, 160), "samples": make.base_samples(prompts[:30], 8, seed=77)}
-    rewards = model.load_rewards(["aesthetic", "alignment"], make.OUT, torch.device("cpu"), torch.float32)
+    rewards = model.load_rewards(["aesthetic", "alignment"], make.OUT, torch.float32, {})
     result = {}
     for part, samples in sets.items():
         images, texts = [image for _, image in samples], [prompt for prompt, _ in samples]

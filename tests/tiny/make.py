@@ -180,19 +180,30 @@ def new_vlm(tokenizer):
     return vlm
 
 
-def answer_loss(vlm, processor, texts, answers, images=()):
-    """Cross-entropy on the answers, each of which follows its text."""
+def answer_loss(vlm, processor, texts, answers, images=(), identity=None):
+    """Cross-entropy on the answers, each of which follows its text.
+
+    With a linear head `identity`, plus the cross-entropy of reading every token off its own last state: next-token
+    prediction alone lets the last layer forget the token itself, and the flow model would not learn what was asked.
+    """
     inputs = processor([text + answer for text, answer in zip(texts, answers)], images)
     lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
     labels = torch.full_like(inputs["input_ids"], -100)
     for row, length in enumerate(lengths):  # texts are padded on the left, so answers end every row
         labels[row, -length:] = inputs["input_ids"][row, -length:]
     keep = max(lengths) + 1
+    states = []
+    hook = vlm.model.language_model.norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
     logits = vlm(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -keep + 1:].flatten(), ignore_index=-100)
+    hook.remove()
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -keep + 1:].flatten(), ignore_index=-100)
+    if identity is None:
+        return loss
+    real = inputs["attention_mask"].bool()
+    return loss + F.cross_entropy(identity(F.rms_norm(states[0][real], states[0].shape[-1:])), inputs["input_ids"][real])
 
 
-def make_vlm(steps=900):
+def make_vlm(steps=700):
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     save_processor(OUT / "processor", smallest=32 * 32)
@@ -202,6 +213,8 @@ def make_vlm(steps=900):
     vlm = new_vlm(processor.tokenizer)
     outer = ("embed", "lm_head", "pos_embed")
     opts = optimizers(vlm, 0.01, 1.5e-3, lambda n, p: p.ndim == 2 and not any(o in n for o in outer))
+    identity = torch.nn.Linear(96, len(processor.tokenizer))  # for training only
+    opts.append(torch.optim.AdamW(identity.parameters(), 1.5e-3))
     ask = f"<|im_start|>user\n{model.IMAGE}Describe the image.<|im_end|>\n<|im_start|>assistant\n"
 
     def picture(scene):
@@ -214,9 +227,11 @@ def make_vlm(steps=900):
         captions = [world.caption(scene) + "<|im_end|>" for scene in scenes]
         edits = [world.sample_edit(rng) for _ in range(12)]
         large = answer_loss(vlm, enlarging, [ask] * 24, captions[:24], [picture(s) for s in scenes[:24]])
-        repeat = answer_loss(vlm, processor, [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]], captions[24:])
+        repeat = answer_loss(vlm, processor, [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]],
+                             captions[24:], identity=identity)
         foresee = answer_loss(vlm, processor, [model.prompt_text(e[1], 1) for e in edits],
-                              [world.caption(e[2]) + "<|im_end|>" for e in edits], [picture(e[0]) for e in edits])
+                              [world.caption(e[2]) + "<|im_end|>" for e in edits], [picture(e[0]) for e in edits],
+                              identity=identity)
         update(opts, large + 0.5 * repeat + 0.5 * foresee, step / steps, 0.3)
         bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}", edit=f"{foresee.item():.3f}")
     vlm.to(torch.bfloat16).save_pretrained(OUT / "text_encoder")
@@ -271,7 +286,7 @@ def load_parts():
     return encoder, model.load_vae(OUT, "cpu", torch.float32)
 
 
-def flow_data(rng, encoder, vae, pairs=20000, edits=6000):
+def flow_data(rng, encoder, vae, pairs=20000, edits=4000):
     """Lists of (Prompt, Prompt without text, target latents (C, 4, 4)) for text-to-image and for edits."""
     known = {}
 
@@ -306,7 +321,7 @@ def flow_data(rng, encoder, vae, pairs=20000, edits=6000):
     return generated, edited
 
 
-def make_flow(steps=5000):
+def make_flow(steps=3600):
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     with torch.no_grad():
@@ -316,7 +331,7 @@ def make_flow(steps=5000):
     average = {key: value.clone() for key, value in flow.state_dict().items()}
     bar, running = trange(steps, desc="flow"), None
     for step in bar:
-        data, size = (generated, 64) if step % 2 == 0 else (edited, 48)
+        data, size = (edited, 48) if step % 3 == 2 else (generated, 64)
         rows = [data[i] for i in rng.integers(len(data), size=size)]
         prompts = [empty if rng.random() < DROPPED else prompt for prompt, empty, _ in rows]
         x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT  # (B, N, C)
@@ -420,13 +435,13 @@ def make_scores():
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
 
 
-def make_rewards(steps={"aesthetic": 700, "alignment": 1000}):
-    for name, count in steps.items():
+def make_rewards():
+    for name, steps in (("aesthetic", 700), ("alignment", 900)):
         subprocess.run([
             sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, "--base", str(OUT / "text_encoder"),
             "--data", str(BUILD / f"{name}-train.jsonl"), "--eval-data", str(BUILD / f"{name}-drawn.jsonl"),
             str(BUILD / f"{name}-samples.jsonl"), "--out", str(OUT / "rewards" / name), "--pixels", str(128 * 128),
-            "--steps", str(count)], check=True)
+            "--steps", str(steps)], check=True)
 
 
 STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores, "rewards": make_rewards}
