@@ -31,8 +31,8 @@ from pathlib import Path
 from model import (
     Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
     forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park, read_config, save_checkpoint, save_model,
-    sde_mean_std, setup, shard, synchronise, timesteps, write_text)
+    load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park,
+    read_config, save_checkpoint, save_model, sde_mean_std, setup, shard, synchronise, timesteps, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -202,8 +202,29 @@ def rank_share(ids, updates, rank, world):
     return [ids[update::updates][rank::world] for update in range(updates)]
 
 
+def step_record(parts, rewards):
+    """A log line's statistics from what every rank gathered in a step."""
+    scores, advantage = torch.cat([p["scores"] for p in parts], dim=1), torch.cat([p["advantage"] for p in parts])
+    means, stds = scores.nanmean(dim=(1, 2)), scores.std(-1, correction=0).nanmean(1)
+    kl = [value for part in parts for value in part["kl"]]
+    return {
+        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means)},
+        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds)},
+        "failed": (~scores.isfinite()).sum().item(), "advantage_abs": advantage.abs().mean().item(),
+        "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        "ratio_dev": [max(values) for values in zip(*(part["ratio_dev"] for part in parts))],
+        "clip_frac": [sum(values) / len(parts) for values in zip(*(part["clip_frac"] for part in parts))],
+        "kl": sum(kl) / max(1, len(kl))}
+
+
 def read_log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_log(path, log, new):
+    """Append the last line; a new or resumed run writes all of its lines."""
+    with open(path, "w" if new else "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
 
 
 def save_grid(path, *rows, columns=8):
@@ -404,28 +425,17 @@ def main(argv=None):
         # one line a step
         work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
-        parts = all_gather_list([(scores, advantage.cpu(), ratio_dev, clip_frac, kl, work)])
-        scores, advantage = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts])
-        seconds = rollout_seconds + frozen_seconds + wait_seconds + train_seconds
-        record = {
-            "step": step, "reward": {r.name: s.nanmean().item() for r, s in zip(rewards, scores)},
-            "reward_std": {r.name: s.std(-1, correction=0).nanmean().item() for r, s in zip(rewards, scores)},
-            "failed": (~scores.isfinite()).sum().item(), "advantage_abs": advantage.abs().mean().item(),
-            "constant_groups": (advantage == 0).all(-1).float().mean().item(),
-            "ratio_dev": [max(values) for values in zip(*(part[2] for part in parts))],
-            "clip_frac": [sum(values) / world for values in zip(*(part[3] for part in parts))],
-            "kl": sum(map(sum, (part[4] for part in parts))) / max(1, len(kl) * world), "grad_norm": grad_norm,
-            "seconds": {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds,
-                        "train": train_seconds},
-            "images_per_second": P * G / seconds, "mfu": sum(part[5] for part in parts) / seconds / (peak * world)}
-        log.append(record)
+        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds, "train": train_seconds}
+        parts = all_gather_list([{"scores": scores, "advantage": advantage.cpu(), "ratio_dev": ratio_dev,
+                                  "clip_frac": clip_frac, "kl": kl, "work": work}])
+        log.append({"step": step, **step_record(parts, rewards), "grad_norm": grad_norm, "seconds": seconds,
+                    "images_per_second": P * G / sum(seconds.values()),
+                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world)})
         if rank == 0:
-            with open(run / "log.jsonl", "w" if step == start else "a") as file:
-                for line in log if step == start else [record]:
-                    file.write(json.dumps(line) + "\n")
+            write_log(run / "log.jsonl", log, new=step == start)
             curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
-        bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
         if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
 

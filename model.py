@@ -962,9 +962,9 @@ def make_prefix(model, prompts, grid):
 class Sampler:
     """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
 
-    A step works on static buffers whose key is their exact shapes; with `graphs` it is captured as a CUDA graph when a
-    shape comes back and replayed from then on. Refilling the model's weights in place needs no new capture. `drop` frees
-    buffers and graphs.
+    A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
+    eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
+    capture. `drop` frees buffers and graphs.
     """
 
     KEEP = 2  # most recently used shapes; each holds its prompts' keys and values
@@ -1008,6 +1008,7 @@ class Sampler:
                 b.graph.replay()
             else:
                 denoise_step(self.model, b)
+                b.graph = self.capture(b) if self.graphs else None  # the eager step was the warm-up
         if len(rows) in keep:
             states[len(rows)] = b.x.clone()
         return b.x.clone(), states
@@ -1015,18 +1016,14 @@ class Sampler:
     def buffers(self, x, cond, uncond):
         shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
         key = (x.shape, shape(cond), shape(uncond))
-        if key in self.entries:
-            b = self.entries[key]
-            if self.graphs and b.graph is None:  # the first use of this shape, eager, was the warm-up
-                b.graph = self.capture(b)
-        else:
+        if key not in self.entries:
             while len(self.entries) >= self.KEEP:
                 self.entries.popitem(last=False)
-            b = self.entries[key] = SimpleNamespace(
+            self.entries[key] = SimpleNamespace(
                 x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=clone_prefix(cond), uncond=clone_prefix(uncond),
-                row=x.new_tensor([0.5, -0.1, 0.1]), cfg=x.new_ones(()), graph=None)
+                row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
         self.entries.move_to_end(key)
-        return b
+        return self.entries[key]
 
     def capture(self, b):
         """denoise_step on these buffers as a graph; a reward thread may use CUDA meanwhile."""
