@@ -407,14 +407,38 @@ def drawn_samples(rng, count):
     return samples
 
 
+def spoiled_samples(rng, samples, count):
+    """[(prompt, image)] of samples made worse, in ways that a policy finds when nobody forbids them."""
+    spoiled = []
+    for i in rng.integers(len(samples), size=count):
+        prompt, image = samples[i]
+        x, way = np.asarray(image, np.float32) / 255, rng.integers(6)
+        if way < 2:
+            x = np.asarray(world.degrade(image, rng)[0], np.float32) / 255
+        elif way == 2:  # darker or paler
+            x = x ** np.exp(rng.uniform(-1, 1))
+        elif way == 3:  # shaded towards one side
+            slope = np.linspace(1, rng.uniform(0, 0.8), 64)[::rng.choice((-1, 1))]
+            x = x * (slope[:, None, None] if rng.random() < 0.5 else slope[None, :, None])
+        elif way == 4:  # a ghost of another picture
+            x = x + rng.uniform(0.1, 0.5) * (np.asarray(samples[rng.integers(len(samples))][1], np.float32) / 255 - x)
+        elif rng.random() < 0.5:  # nothing, or next to it
+            x = x[:1, :1] + rng.normal(0, 0.02, x.shape)
+        else:  # colours of another kind
+            x = x @ rng.dirichlet((1, 1, 1), size=3).T
+        spoiled.append((prompt, Image.fromarray((x.clip(0, 1) * 255).astype(np.uint8))))
+    return spoiled
+
+
 def make_scores():
-    """Scored pictures for train_reward.py: drawings and samples of the base, labelled by the oracle."""
+    """Scored pictures for train_reward.py: drawings, samples of the base and spoiled samples, labelled by the oracle."""
     rng = np.random.default_rng(SEED + 2)
     train = [json.loads(line)["prompt"] for line in (HERE / "prompts.jsonl").read_text().splitlines()]
     held_out = [json.loads(line)["prompt"] for line in (HERE / "heldout.jsonl").read_text().splitlines()]
+    samples = base_samples(train, 12, SEED)
     sets = {
-        "train": drawn_samples(rng, 3000) + base_samples(train, 12, SEED), "drawn": drawn_samples(rng, 400),
-        "samples": base_samples(held_out, 8, SEED + 1)}
+        "train": drawn_samples(rng, 3000) + samples + spoiled_samples(rng, samples, 4000),
+        "drawn": drawn_samples(rng, 400), "samples": base_samples(held_out, 8, SEED + 1)}
     examples = []
     rules = {"aesthetic": lambda image, prompt: world.aesthetic(image),
              "alignment": lambda image, prompt: world.alignment(image, prompt)[1]}
@@ -436,11 +460,11 @@ def make_scores():
 
 
 def make_rewards():
-    for name, steps in (("aesthetic", 700), ("alignment", 900)):
+    for name, steps, pixels in (("aesthetic", 1500, 192 * 192), ("alignment", 1500, 128 * 128)):
         subprocess.run([
             sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, "--base", str(OUT / "text_encoder"),
             "--data", str(BUILD / f"{name}-train.jsonl"), "--eval-data", str(BUILD / f"{name}-drawn.jsonl"),
-            str(BUILD / f"{name}-samples.jsonl"), "--out", str(OUT / "rewards" / name), "--pixels", str(128 * 128),
+            str(BUILD / f"{name}-samples.jsonl"), "--out", str(OUT / "rewards" / name), "--pixels", str(pixels),
             "--steps", str(steps)], check=True)
 
 
