@@ -431,36 +431,36 @@ def spoiled_samples(rng, samples, count):
 
 
 def make_scores():
-    """Scored pictures for train_reward.py: drawings, samples of the base and spoiled samples, labelled by the oracle."""
+    """Scored pictures for train_reward.py, labelled by the oracle: drawings and samples of the base, and what each scorer
+    needs besides: spoiled samples for the aesthetic, many more pairs of drawing and caption for the alignment."""
     rng = np.random.default_rng(SEED + 2)
     train = [json.loads(line)["prompt"] for line in (HERE / "prompts.jsonl").read_text().splitlines()]
     held_out = [json.loads(line)["prompt"] for line in (HERE / "heldout.jsonl").read_text().splitlines()]
-    samples = base_samples(train, 12, SEED)
-    sets = {
-        "train": drawn_samples(rng, 3000) + samples + spoiled_samples(rng, samples, 4000),
-        "drawn": drawn_samples(rng, 400), "samples": base_samples(held_out, 8, SEED + 1)}
+    samples, drawn = base_samples(train, 12, SEED), drawn_samples(rng, 3000)
+    tests = {"drawn": drawn_samples(rng, 400), "samples": base_samples(held_out, 8, SEED + 1)}
+    rules = {"aesthetic": (lambda image, prompt: world.aesthetic(image), drawn + samples + spoiled_samples(rng, samples, 4000)),
+             "alignment": (lambda image, prompt: world.alignment(image, prompt)[1], drawn + samples + drawn_samples(rng, 7000))}
     examples = []
-    rules = {"aesthetic": lambda image, prompt: world.aesthetic(image),
-             "alignment": lambda image, prompt: world.alignment(image, prompt)[1]}
-    for part, samples in sets.items():
-        (BUILD / part).mkdir(parents=True, exist_ok=True)
-        records = {name: [] for name in rules}
-        for i, (prompt, image) in enumerate(samples):
-            image.save(BUILD / part / f"{i:05d}.png")
-            for name, rule in rules.items():
-                records[name].append({"prompt": prompt, "image": f"{part}/{i:05d}.png", "score": round(1 + 4 * rule(image, prompt), 3)})
-        for name in rules:
-            write_lines(BUILD / f"{name}-{part}.jsonl", records[name])
-        if part != "train":  # a few stay in git, as an example of the format
-            (HERE / "scores" / part).mkdir(parents=True, exist_ok=True)
-            for record in records["aesthetic"][:24]:
-                (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
-            examples += records["aesthetic"][:24]
+    for name, (rule, pictures) in rules.items():
+        for part, rows in ({"train": pictures} | tests).items():
+            folder = BUILD / name / part
+            folder.mkdir(parents=True, exist_ok=True)
+            records = []
+            for i, (prompt, image) in enumerate(rows):
+                image.save(folder / f"{i:05d}.png")
+                score = round(1 + 4 * rule(image, prompt), 3)
+                records.append({"prompt": prompt, "image": f"{name}/{part}/{i:05d}.png", "score": score})
+            write_lines(BUILD / f"{name}-{part}.jsonl", records)
+            if name == "aesthetic" and part != "train":
+                examples += records[:24]
+    for record in examples:  # a few stay in git, as an example of the format
+        (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
+        (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
 
 
 def make_rewards():
-    for name, steps, pixels in (("aesthetic", 1500, 192 * 192), ("alignment", 1500, 128 * 128)):
+    for name, steps, pixels in (("aesthetic", 1500, 192 * 192), ("alignment", 3500, 128 * 128)):
         subprocess.run([
             sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, "--base", str(OUT / "text_encoder"),
             "--data", str(BUILD / f"{name}-train.jsonl"), "--eval-data", str(BUILD / f"{name}-drawn.jsonl"),
