@@ -52,12 +52,12 @@ def parse_args(argv=None):
     add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
     add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=int, default=65, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
         help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
     add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
-    add("--eval-images", type=int, default=400, metavar="N",
+    add("--eval-images", type=int, default=600, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
