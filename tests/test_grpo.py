@@ -148,11 +148,14 @@ def test_resume_gives_the_same_bits(four_steps, tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """First update's gradient (Adam's first moment after one step) to 1e-5 (each tensor 1e-4), three steps of log lines to three digits."""
-    folders, logs = [tmp_path / "one", tmp_path / "two"], []
+    """First update's gradient (Adam's first moment after one step) to 1e-5, three steps of log lines to three digits.
+
+    A group is a rollout batch, so that both sample the same states; other batch shapes round differently.
+    """
+    folders, logs, small = [tmp_path / "one", tmp_path / "two"], [], [*SMALL, "--rollout-batch", "4"]
     for processes, folder in enumerate(folders, 1):
         folder.mkdir()
-        run_script(folder, "--reward", ORACLE, "--steps", "1", "--updates-per-rollout", "1", *SMALL, processes=processes)
+        run_script(folder, "--reward", ORACLE, "--steps", "1", "--updates-per-rollout", "1", *small, processes=processes)
     moments = [{k: v["exp_avg"] for k, v in checkpoint(folder)["optimizer"]["state"].items()} for folder in folders]
     for name, value in moments[0].items():
         assert (moments[1][name] - value).norm() <= 1e-4 * value.norm(), name
@@ -160,7 +163,7 @@ def test_two_processes_agree_with_one(tmp_path):
     assert (one - two).norm() <= 1e-5 * one.norm()
     for processes, folder in enumerate(folders, 1):
         (folder / "runs" / "run").rename(folder / "runs" / "first")
-        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "3", *SMALL, processes=processes))
+        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "3", *small, processes=processes))
     for one, two in zip(*logs):
         assert one["ratio_dev"][0] == two["ratio_dev"][0] == 0.0 < two["ratio_dev"][1]
         for key in ("reward", "reward_std"):
