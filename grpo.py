@@ -17,8 +17,8 @@ Differs from the paper:
   3. Hybrid CFG (Sec. 4.1) leaves the old log-prob open. Here it is that of the unguided policy at the sampled states, so
      the ratio is exactly 1 before the first update.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
-  5. The paper gives no noise level, learning rate or number of trained steps. With Flow-GRPO's level of 0.7 most of what
-     decides a reward is the initial noise, which is not trained; 1.2 explores enough to learn from.
+  5. The paper gives no noise level, learning rate or number of trained steps. At Flow-GRPO's level of 0.7 the initial
+     noise, which is not trained, decides as much of a reward as the trained steps; at 1.2 the trained steps decide.
 """
 
 import argparse
