@@ -147,6 +147,16 @@ def test_resume_gives_the_same_bits(four_steps, tmp_path):
     assert log[-1]["reward"] == four_steps[1][-1]["reward"]
 
 
+def test_a_checkpoint_of_two_processes_resumes_in_one(tmp_path):
+    run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, processes=2)
+    before = checkpoint(tmp_path)["optimizer"]["state"]
+    log = run_script(tmp_path, "--reward", ORACLE, "--steps", "2", *SMALL, "--resume")
+    after = checkpoint(tmp_path)["optimizer"]["state"]
+    assert [line["step"] for line in log] == [0, 1] and log[1]["ratio_dev"][0] == 0.0
+    for name, state in after.items():
+        assert state["step"] == before[name]["step"] + 2, name  # two updates a rollout
+
+
 def test_two_processes_agree_with_one(tmp_path):
     """First update's gradient (Adam's first moment after one step) to 1e-5, three steps of log lines to three digits.
 
