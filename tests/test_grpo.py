@@ -17,11 +17,11 @@ ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
 SMALL = ["--group-size", "4", "--eval-images", "0", "--prompts-per-step", "4", "--name", "run"]
 
 
-def run_script(folder, *arguments, processes=1, script="grpo.py", code=None):
-    """Run a script (or code that imports it) in `folder`; returns its log lines."""
+def run_script(folder, *arguments, processes=1, code=None):
+    """Run grpo.py (or code that imports it) in `folder`; returns its log lines."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    target = ["-c", code] if code else [str(ROOT / script)]
+    target = ["-c", code] if code else [str(ROOT / "grpo.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *target, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

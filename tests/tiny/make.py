@@ -9,7 +9,6 @@ made mediocre on purpose: a third of its training pictures are blurred, tinted o
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -382,7 +381,6 @@ def make_prompts(relations=160, edits=96):
 
 def base_samples(prompts, per_prompt, seed):
     """[(prompt, image)] of the base model, each prompt at one of several guidance scales."""
-    torch.set_num_threads(os.cpu_count())
     vae = model.load_vae(OUT, "cpu", torch.float32)
     requests = {i: model.Request(prompt) for i, prompt in enumerate(prompts)}
     encoded = model.encode_prompts(OUT, vae, requests, 64 * 64, torch.device("cpu"))
