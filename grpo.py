@@ -27,11 +27,12 @@ import json
 import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from model import (
-    Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
+    UNDEFINED, Sampler, VLMScorer, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
     forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
     load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park,
     read_config, save_checkpoint, save_model, sde_mean_std, setup, shard, synchronise, timesteps, write_text)
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
     add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=int, default=75, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
         help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
@@ -62,8 +63,11 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", nargs="+", required=True, metavar="R",
-        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=DIRECTORY of a VLM, or "
-             "NAME=file.py:function; each weighs 1/K")
+        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM (directory or hub "
+             "id), the URL of an OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
+             "weights per category (see README)")
+    add("--max-reward-failures", type=float, default=0.05, metavar="SHARE",
+        help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
     add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=int, metavar="P",
@@ -82,7 +86,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="AdamW (default: 4e-6 x 4096 / width, as Adam's steps should shrink with width)")
     add("--clip-eps", type=float, default=1e-3, metavar="EPS",
         help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.0, metavar="W",
+    add("--kl-coef", type=float, default=0.005, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
@@ -106,25 +110,25 @@ def trained_steps(count, total):
     return [round(i * (half - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def score_images(rewards, images, requests):
-    """The images' scores by every reward: [K][B] floats, NaN where one failed. Runs in a background thread."""
-    prompts, sources, scores = [r.prompt for r in requests], [r.images() for r in requests], []
-    for reward in rewards:
-        scores.append([float(score) for score in reward.score(images, prompts, sources)])
-        if len(scores[-1]) != len(images):
-            raise ValueError(f"reward {reward.name}: {len(scores[-1])} scores for {len(images)} images")
-    return scores
+def await_scores(futures, arrived, count):
+    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why)."""
+    while len(arrived) < count:
+        arrived.extend(zip(*(future.result() for future in futures.pop(0))))
 
 
 # ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
 
 
 def group_advantage(scores, weights):
-    """Rewards to advantages, per prompt group. scores (K, P, G), NaN where one failed; weights (K,) -> A (P, G).
+    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none; weights (K, P) ->
+    A (P, G).
 
     Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its largest
-    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0.
+    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0. A
+    reward that is undefined for a group is dropped there and the other weights make up for it.
     """
+    weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
+    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                                          # w_k     (K, P)
     valid = scores.isfinite()
     values = scores.double().where(valid, 0)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
@@ -134,7 +138,7 @@ def group_advantage(scores, weights):
     high = values.where(valid, -math.inf).amax(-1, keepdim=True)
     signal = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
     z = ((values - mean) / std.where(std > 0, 1)).where(signal, 0)                                           # Eq. 4   (K, P, G)
-    return (weights[:, None, None].double() * z).sum(0).float()                                              # Eq. 13  (P, G)
+    return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
 
 
 # ---- 4. loss -------------------------------------------------------------------------------------------------
@@ -207,12 +211,16 @@ def rank_share(ids, updates, rank, world):
 def step_record(parts, rewards):
     """A log line's statistics from what every rank gathered in a step."""
     scores, advantage = torch.cat([p["scores"] for p in parts], dim=1), torch.cat([p["advantage"] for p in parts])
-    means, stds = scores.nanmean(dim=(1, 2)), scores.std(-1, correction=0).nanmean(1)
+    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
+    means, stds = found.nanmean(dim=(1, 2)), found.std(-1, correction=0).nanmean(1)
     kl = [value for part in parts for value in part["kl"]]
     return {
-        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means)},
-        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds)},
-        "failed": (~scores.isfinite()).sum().item(), "advantage_abs": advantage.abs().mean().item(),
+        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
+        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
+        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
+        "failed": scores.isnan().sum().item(),
+        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
+        "undefined": (scores == UNDEFINED).sum().item(), "advantage_abs": advantage.abs().mean().item(),
         "constant_groups": (advantage == 0).all(-1).float().mean().item(),
         "ratio_dev": [max(values) for values in zip(*(part["ratio_dev"] for part in parts))],
         "clip_frac": [sum(values) / len(parts) for values in zip(*(part["clip_frac"] for part in parts))],
@@ -236,6 +244,15 @@ def save_grid(path, *rows, columns=8):
     image_grid_png(path, pictures, labels)
 
 
+def check_failures(step, reasons, scores, limit):
+    """The reasons, counted over all ranks, if more than a share `limit` of a step's `scores` failed; else None."""
+    reasons = sum(all_gather_list([reasons]), Counter())
+    if sum(reasons.values()) <= limit * scores:
+        return None
+    table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
+    return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
+
+
 def report(run, rewards, before, after, title):
     """Print and save the before/after table; scores (K, prompts, images)."""
     print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
@@ -251,8 +268,9 @@ def report(run, rewards, before, after, title):
 def interval(before, after):
     """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
     difference = (after - before).nanmean(dim=1)
+    difference = difference[difference.isfinite()]  # prompts without a score are left out
     half = 1.96 * difference.std() / len(difference) ** 0.5
-    return before.nanmean().item(), after.nanmean().item(), difference.nanmean().item(), half.item()
+    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
 
 
 def main(argv=None):
@@ -302,14 +320,14 @@ def main(argv=None):
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
     rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
-    weights = torch.tensor([reward.weight for reward in rewards])
     trained = trained_steps(args.train_timesteps, K)
     sigma = noise_levels(t, trained, args.noise_level)
     schedule = torch.stack([t[:-1], t.diff(), sigma])[:, :, None, None].to(device)                           # (3, K, 1, 1)
     keep = {k for step in trained for k in (step, step + 1)}
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    pool = ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
+    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
+             for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
     peak = matmul_peak(device)
     if rank == 0:
         write_text(run / "args.json", json.dumps(vars(args), indent=2))
@@ -317,7 +335,8 @@ def main(argv=None):
         print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
         print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for reward in rewards:
-            print(f"reward {reward.name}: weight {reward.weight:.3g}, {reward.source}")
+            weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
+            print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
 
     def rows(states, group, micro):
         """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""
@@ -348,8 +367,9 @@ def main(argv=None):
     def heldout_scores(number):
         """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
         images = heldout_images(eval_ids, number)
-        scores = score_images(rewards + judges, [image for _, image in images], [heldout[i] for i, _ in images])
-        scores = torch.tensor(scores).unflatten(1, (-1, number)).transpose(0, 1)                             # (prompts, K, number)
+        found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
+        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
+        scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
         return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
@@ -368,10 +388,11 @@ def main(argv=None):
         # rollout, guided, by the policy in the slot; a decoded batch is scored in the background from here on
         ids = [i for part in shares[step] for i in part]
         move_judges(rewards, device)
-        images, states, futures = [(step, i, g) for i in ids for g in range(G)], [], []
+        images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
         for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
             states.append(kept)
-            futures.append(pool.submit(score_images, rewards, pictures, [requests[i] for _, i, _ in chunk]))
+            asked = [requests[i] for _, i, _ in chunk]
+            futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
         states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in keep}      # (groups, G, N, C)
         synchronise(device)
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -384,27 +405,33 @@ def main(argv=None):
         synchronise(device)
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
-        # advantages
-        scores = torch.cat([torch.tensor(future.result()) for future in futures], dim=1).unflatten(1, (len(ids), G))
-        advantage = group_advantage(scores, weights).to(device)                                              # (groups, G)
+        # local judges leave before training; other rewards are waited for group by group
+        wait([future for row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
         move_judges(rewards, CPU)
         if cuda:
             sampler.drop()  # the updates need the memory
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # updates, each on its own groups
-        ratio_dev, clip_frac, grad_norm, kl = [], [], [], []
+        ratio_dev, clip_frac, grad_norm, kl, waited_seconds = [], [], [], [], 0.0
         groups = len(ids) // U
+        weights = torch.tensor([[reward.categories.get(requests[i].category, reward.weight) for i in ids] for reward in rewards])
+        scores, advantage = torch.empty(len(rewards), len(ids), G), torch.empty(len(ids), G)                 # (K, groups, G), (groups, G)
         scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
             ratios = []
             for group in range(update * groups, (update + 1) * groups):
+                waited = time.perf_counter()
+                await_scores(futures, arrived, (group + 1) * G)
+                waited_seconds += time.perf_counter() - waited
+                scores[:, group] = torch.tensor([[score for score, _ in row] for row in arrived[group * G:(group + 1) * G]]).T
+                advantage[group] = group_advantage(scores[:, [group]], weights[:, [group]])                  # Eq. 4, 13
                 prefix = policy.prefix([encoded[ids[group]][0]], grid)
                 leaves = detach_prefix(prefix)
                 for m, micro in enumerate(micro_batches):
                     x, x_next, *step_rows = rows(states, group, micro)
                     v = policy.velocity(x, step_rows[0].flatten(), leaves)                                   # (B, N, C) unguided
-                    a = advantage[group, [g for _, g in micro]]                                              # (B,)
+                    a = advantage[group, [g for _, g in micro]].to(device)                                   # (B,)
                     loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, *step_rows, a, args.clip_eps)
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
@@ -414,6 +441,15 @@ def main(argv=None):
                     (loss * scale).backward()
                 backward_prefix(prefix, leaves)
                 del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
+            if update == 0:  # nothing is trained on a step that cannot be trusted
+                waited = time.perf_counter()
+                await_scores(futures, arrived, len(images))
+                waited_seconds += time.perf_counter() - waited
+                reasons = Counter(why for row in arrived for _, why in row if why)
+                trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
+                if trouble:
+                    save_checkpoint(run / "checkpoint", step, policy, optimizer)
+                    raise RuntimeError(trouble)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -422,20 +458,20 @@ def main(argv=None):
             clip_frac.append((deviation > args.clip_eps).float().mean().item())
             grad_norm.append(norm.full_tensor().item())
         synchronise(device)
-        train_seconds = time.perf_counter() - clock
+        train_seconds = time.perf_counter() - clock - waited_seconds
 
         # one line a step
         work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
-        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds, "train": train_seconds}
-        parts = all_gather_list([{"scores": scores, "advantage": advantage.cpu(), "ratio_dev": ratio_dev,
-                                  "clip_frac": clip_frac, "kl": kl, "work": work}])
+        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds, "train": train_seconds}
+        parts = all_gather_list([{"scores": scores, "advantage": advantage, "ratio_dev": ratio_dev, "clip_frac": clip_frac,
+                                  "kl": kl, "work": work, "reasons": reasons}])
         log.append({"step": step, **step_record(parts, rewards), "grad_norm": grad_norm, "seconds": seconds,
                     "images_per_second": P * G / sum(seconds.values()),
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world)})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
-            curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log] for r in rewards}
+            curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log if r.name in line["reward"]] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
         if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):

@@ -4,7 +4,7 @@
   2. prompts       Qwen3-VL condition encoder through transformers
   3. checkpoints   the hub layout: find, load, save
   4. flow maths    schedule, noise, Eq. 5 step, log-prob, guidance; the sampler and its CUDA graph
-  5. rewards       VLM scorers (Eq. 12) and other sources
+  5. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
   6. sharding      process group, FSDP2, the slot
   7. pictures      image grids, the line chart
 
@@ -20,17 +20,25 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
 
+import base64
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import math
+import random
 import re
+import shutil
 import sys
 import textwrap
+import threading
 import time
+import urllib.request
 from collections import OrderedDict
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +47,17 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 
@@ -301,10 +314,6 @@ class FlowTransformer(nn.Module):
         h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
         return self.proj_out(h).float()
 
-    def forward(self, x, t, prompts, grid):
-        """Prefix and velocity in one call; image i belongs to prompt i, or all to the only one."""
-        return self.velocity(x, t, self.prefix(prompts, grid))
-
 
 class ChannelNorm(nn.Module):
     """RMS norm over channels of a (B, C, h, w) map; gamma keeps the checkpoint's trailing singleton axes."""
@@ -496,18 +505,16 @@ class Processor:
     def __call__(self, texts, images=()):
         """texts hold one <|image_pad|> per image; images is the flat list of RGB images in the order of the texts.
 
-        Returns the model's keyword arguments as CPU tensors, texts padded on the left.
+        Returns the model's keyword arguments as CPU tensors (`.to(device)` moves them), texts padded on the left.
         """
-        inputs = {}
         if images:
             pixels = self.image_processor(images=list(images), return_tensors="pt")
-            inputs = {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"]}
             counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
             texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text) for text in texts]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        inputs |= {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        inputs = self.tokenizer(
+            texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         if images:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.image_token).long()
+            inputs.update(pixels, mm_token_type_ids=(inputs["input_ids"] == self.image_token).long())
         return inputs
 
 
@@ -584,8 +591,7 @@ class TextEncoder:
 
         One at a time, so that an embedding never depends on what else was in a batch.
         """
-        inputs = self.processor([prompt_text(prompt, len(images))], [on_white(image) for image in images])
-        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        inputs = self.processor([prompt_text(prompt, len(images))], [on_white(image) for image in images]).to(self.device)
         states = []
         norm = self.vlm.model.language_model.norm
         hook = norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
@@ -655,18 +661,23 @@ SHARD_BYTES = 5 * 10**9
 
 def find_model(name):
     """A local directory or a hub id -> the directory, checked to be a model of this architecture."""
-    directory = Path(name)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            directory = Path(snapshot_download(name))
-        except Exception as error:
-            raise FileNotFoundError(f"--model {name}: no such directory, and not to be had from the hub ({error})") from error
+    directory = download(name)
     kind = read_config(directory / "model_index.json").get("_class_name")
     if kind != "QwenImage21Pipeline":
         raise ValueError(f"{directory / 'model_index.json'}: architecture {kind!r} is not supported, only QwenImage21Pipeline")
     return directory
+
+
+def download(name):
+    """A local directory, or a hub id, which is fetched -> the directory."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({error})") from error
 
 
 def read_config(path, kind=None):
@@ -705,6 +716,7 @@ def open_weights(path):
         raise ValueError(f"{path}: damaged or truncated ({error})") from None
 
 
+@torch.no_grad()
 def load_weights(module, directory, unused=None):
     """Fill a module's storage from safetensors, in place, in its own dtype and on its own device.
 
@@ -727,32 +739,21 @@ def load_weights(module, directory, unused=None):
                     raise ValueError(f"{path}: {key} has shape {rows.get_shape()}, the model wants {list(param.shape)}")
                 if rows.get_dtype() not in ("BF16", "F16", "F32", "F64"):
                     raise ValueError(f"{path}: {key} is {rows.get_dtype()}, not a floating-point tensor")
-                local, first = local_rows(param)
+                local = param.to_local() if isinstance(param, DTensor) else param.data
+                first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
                 local.copy_(rows[first:first + len(local)])
     return module
 
 
-@torch.no_grad()
-def local_rows(param):
-    """A parameter's rows on this rank and the number of the first: all of them unless FSDP has sharded it."""
-    if not hasattr(param, "to_local"):
-        return param.data, 0
-    return param.to_local(), dist.get_rank() * len(param) // dist.get_world_size()
-
-
-def transformer_config(root):
+def new_transformer(root, dtype):
+    """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
     path = root / "transformer" / "config.json"
     config = read_config(path, "QwenImage21Transformer2DModel")
     for key, value in {"patch_size": 1, "causal_condition": True}.items():
         if config.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
-    return config
-
-
-def new_transformer(root, dtype):
-    """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
     with torch.device("meta"):
-        return FlowTransformer(transformer_config(root)).to(dtype)
+        return FlowTransformer(config).to(dtype)
 
 
 def materialise(module, root, device):
@@ -773,6 +774,8 @@ def save_model(directory, base, transformer, guidance):
     Every rank calls it, rank 0 writes. guidance: the recommended scale, kept in model_index.json. The directory appears
     under its name only when it is complete.
     """
+    from huggingface_hub import save_torch_state_dict
+
     directory = Path(directory)
     part = directory.with_name(directory.name + ".part")
     if directory.resolve() in (base.resolve(), *(path.resolve().parent for path in base.iterdir())):
@@ -788,39 +791,24 @@ def save_model(directory, base, transformer, guidance):
         index["_sampling"] = index.get("_sampling", {}) | {"guidance_scale": guidance}
         write_text(part / "model_index.json", json.dumps(index, indent=2))
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
-    shards, size = [[]], 0
-    for key, param in transformer.named_parameters():
-        if shards[-1] and size + 2 * param.numel() > SHARD_BYTES:
-            shards, size = shards + [[]], 0
-        shards[-1].append((key, param))
-        size += 2 * param.numel()
-    names = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else [f"{WEIGHTS}.safetensors"]
-    for name, shard_params in zip(names, shards):
-        state = {}
-        for key, param in shard_params:
-            value = param.detach().to(torch.bfloat16)
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if rank == 0:
-                state[key] = value.cpu().contiguous()
-        if rank == 0:
-            save_file(state, part / "transformer" / name, metadata={"format": "pt"})
+    weights = full_weights(transformer)
     if rank == 0:
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard_params in zip(names, shards) for key, _ in shard_params}
-            index = {"metadata": {"total_size": 2 * sum(p.numel() for p in transformer.parameters())}, "weight_map": weight_map}
-            write_text(part / "transformer" / f"{WEIGHTS}.safetensors.index.json", json.dumps(index, indent=2))
+        weights = {key: value.to(torch.bfloat16) for key, value in weights.items()}
+        save_torch_state_dict(weights, part / "transformer", filename_pattern=WEIGHTS + "{suffix}.safetensors",
+                              max_shard_size=SHARD_BYTES)
         remove(directory)
         part.rename(directory)
     if dist.is_initialized():
         dist.barrier()
 
 
+def full_weights(model):
+    """All weights of a sharded or plain model on the CPU, on rank 0 only. All ranks call."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def save_checkpoint(directory, step, model, optimizer):
     """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete. All ranks call."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
     name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
     if dist.get_rank() == 0:
         remove(part)
@@ -840,9 +828,6 @@ def save_checkpoint(directory, step, model, optimizer):
 
 def load_checkpoint(directory, model, optimizer):
     """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     complete = sorted(path for path in directory.glob("step-*") if path.suffix != ".part")
     if not complete:
         return 0  # stopped before the first save: start over
@@ -858,8 +843,6 @@ def write_text(path, text):
 
 def remove(directory):
     if directory.exists():
-        import shutil
-
         shutil.rmtree(directory)
 
 
@@ -995,8 +978,8 @@ class Sampler:
         b = self.buffers(x, cond, uncond)
         b.x.copy_(x)
         b.cfg.fill_(cfg)
-        for mine, new in ((b.cond, cond), (b.uncond, uncond)):
-            copy_prefix(mine, new)
+        for mine, new in zip(tensors(b.cond) + tensors(b.uncond), tensors(cond) + tensors(uncond)):
+            mine.copy_(new)
         states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
         for k, row in enumerate(rows):
             if k in keep:
@@ -1020,7 +1003,7 @@ class Sampler:
             while len(self.entries) >= self.KEEP:
                 self.entries.popitem(last=False)
             self.entries[key] = SimpleNamespace(
-                x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=clone_prefix(cond), uncond=clone_prefix(uncond),
+                x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=deepcopy(cond), uncond=deepcopy(uncond),
                 row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
         self.entries.move_to_end(key)
         return self.entries[key]
@@ -1058,14 +1041,8 @@ def matmul_peak(device, size=None):
     """Measured FLOP/s of a large matrix product in the compute dtype: the denominator of MFU."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
-    best = math.inf
-    for _ in range(10):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(10))
 
 
 def synchronise(device):
@@ -1073,20 +1050,8 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-def prefix_tensors(prefix):
-    return [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
-
-
-def clone_prefix(prefix):
-    if prefix is None:
-        return None
-    return Prefix([(k.clone(), v.clone()) for k, v in prefix.kv], *(x if x is None else x.clone() for x in prefix[1:]))
-
-
-def copy_prefix(target, source):
-    if source is not None:
-        for mine, new in zip(prefix_tensors(target), prefix_tensors(source)):
-            mine.copy_(new)
+def tensors(prefix):
+    return [] if prefix is None else [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
 
 
 def detach_prefix(prefix):
@@ -1108,7 +1073,7 @@ def backward_prefix(prefix, leaves):
 
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
 
-RUBRICS = {
+RUBRICS = {  # Sec. 3.2, 3.3
     "alignment": (
         "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in this order: "
         "objects and their number, then attributes (colour, size, shape, material), then spatial relations, then "
@@ -1117,17 +1082,51 @@ RUBRICS = {
         "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful texture, a "
         "coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. Do not judge what it "
         "shows."),
+    "portrait": (
+        "Rate the portrait from 1 to 5: an attractive face in right proportions with its own details, realistic skin and "
+        "hair, sound anatomy. Wrong numbers of fingers, distorted features or an unnatural body lower the score."),
+    "instruction": (
+        "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the instruction: split "
+        "it into core and auxiliary requirements; is the core met, are the auxiliary ones, is the whole coherent? If the "
+        "core is not met, the score is at most 2.\nInstruction: {prompt}"),
+    "consistency": (
+        "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the instruction does "
+        "not touch is preserved: objects, people, background, layout, light and style.\nInstruction: {prompt}"),
 }
 ANSWER = "\nAnswer with <score>N</score>, N from 1 to 5."
+REASONED_ANSWER = "\nFirst describe the image and judge it, then answer with <score>N</score>, N from 1 to 5."
+SCORES = ("1", "2", "3", "4", "5")
+FAILED, UNDEFINED = math.nan, math.inf  # in score tensors
+VLM_LOCK = threading.Lock()  # local VLMs score one batch at a time
+
 
 @dataclass
 class Reward:
-    """One term R_k of Eq. 13. score(images, prompts, sources) -> one float per image, NaN where scoring failed."""
+    """One term R_k of Eq. 13.
+
+    score(images, prompts, sources) -> per image a number; None where the reward does not apply (no face to preserve);
+    an exception, or NaN, where scoring failed. `categories` {category: weight} takes precedence over `weight`; `range` is
+    the scale on which rewards are compared outside of training.
+    """
 
     name: str
     weight: float
     source: str
     score: Callable
+    range: tuple = (1.0, 5.0)
+    categories: dict = field(default_factory=dict)
+
+    def __call__(self, images, requests):
+        """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never raises."""
+        try:
+            scores = self.score(images, [r.prompt for r in requests], [r.images() for r in requests])
+            if len(scores) != len(images):
+                raise ValueError(f"{len(scores)} scores for {len(images)} images")
+        except Exception as error:  # a reward is anyone's code or service: its failure is counted, not fatal
+            scores = [error] * len(images)
+        failed = [isinstance(score, Exception) or (score is not None and not math.isfinite(score)) for score in scores]
+        return [(FAILED, f"{self.name}: {score!r}") if bad else (UNDEFINED if score is None else float(score), "")
+                for score, bad in zip(scores, failed)]
 
 
 def expected_score(logits, tokens):
@@ -1138,69 +1137,226 @@ def expected_score(logits, tokens):
     return p @ torch.arange(1.0, 6.0, device=p.device), mass                                                 # Eq. 12
 
 
-class VLMScorer:
-    """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
-
-    processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes.
-    Source images come first.
-    """
-
-    BATCH = 32
-
-    def __init__(self, vlm, processor, rubric):
-        self.vlm, self.processor, self.rubric = vlm, Processor(processor), rubric
-        self.tokens = score_tokens(self.processor.tokenizer)
-
-    @torch.no_grad()
-    def __call__(self, images, prompts, sources):
-        scores = []
-        for first in range(0, len(images), self.BATCH):
-            rows = range(first, min(first + self.BATCH, len(images)))
-            pictures = [[*sources[i], images[i]] for i in rows]
-            texts = [score_text(self.processor.tokenizer, self.rubric, prompts[i], len(p)) for i, p in zip(rows, pictures)]
-            inputs = self.processor(texts, [on_white(image) for p in pictures for image in p])
-            inputs = {key: value.to(self.vlm.device) for key, value in inputs.items()}
-            logits = self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-            scores += expected_score(logits, self.tokens)[0].tolist()
-        return scores
+def check_mass(score, mass):
+    """The score, or an exception where the VLM puts too little of its probability on the five scores to have answered."""
+    return score if mass >= 0.5 else ValueError(f"only {mass:.2g} of the probability is on the scores 1-5")
 
 
 def score_tokens(tokenizer):
     """Token ids of the answers 1..5, each of which must be a single token."""
-    ids = [tokenizer(str(score), add_special_tokens=False).input_ids for score in range(1, 6)]
+    ids = [tokenizer(score, add_special_tokens=False).input_ids for score in SCORES]
     if any(len(i) != 1 for i in ids):
         raise ValueError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot be read off")
     return [i[0] for i in ids]
 
 
-def score_text(tokenizer, rubric, prompt, images):
-    """The conversation up to the score token: pictures, rubric, and an answer begun with <score>."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": rubric.replace("{prompt}", prompt) + ANSWER}]
+def question(rubric, prompt, reasoning):
+    return rubric.replace("{prompt}", prompt) + (REASONED_ANSWER if reasoning else ANSWER)
+
+
+def score_text(tokenizer, rubric, prompt, images, reasoning):
+    """The conversation up to the VLM's answer: pictures (sources first), then the question."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question(rubric, prompt, reasoning)}]
     chat = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "<score>"
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+class VLMScorer:
+    """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
+
+    processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes;
+    reasoning: tokens that it may think before it answers, 0 for none. Source images come first.
+    """
+
+    BATCH = 32
+
+    def __init__(self, vlm, processor, rubric, reasoning=0):
+        self.vlm, self.processor, self.rubric, self.reasoning = vlm, Processor(processor), rubric, reasoning
+        self.tokens, self.mass = score_tokens(self.processor.tokenizer), None  # mass on the scores, mean of the last batch
+
+    def __call__(self, images, prompts, sources):
+        with VLM_LOCK:
+            scores, masses, _ = zip(*self.read(images, prompts, sources))
+        self.mass = sum(masses) / len(masses)
+        return scores
+
+    @torch.no_grad()
+    def read(self, images, prompts, sources):
+        """Per image (score or exception, probability mass on the five scores, reasoning)."""
+        answers = []
+        for first in range(0, len(images), self.BATCH):
+            rows = range(first, min(first + self.BATCH, len(images)))
+            pictures = [[*sources[i], images[i]] for i in rows]
+            texts = [score_text(self.processor.tokenizer, self.rubric, prompts[i], len(p), self.reasoning)
+                     for i, p in zip(rows, pictures)]
+            flat = [on_white(image) for p in pictures for image in p]
+            thoughts = self.reason(texts, flat) if self.reasoning else [""] * len(texts)
+            inputs = self.processor([f"{text}{thought or ''}<score>" for text, thought in zip(texts, thoughts)], flat).to(self.vlm.device)
+            scores, masses = expected_score(self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1], self.tokens)
+            for score, mass, thought in zip(scores.tolist(), masses.tolist(), thoughts):
+                cut = ValueError(f"no <score> within {self.reasoning} tokens of reasoning") if thought is None else None
+                answers.append((cut or check_mass(score, mass), mass, thought))
+        return answers
+
+    def reason(self, texts, images):
+        """The VLM's own words up to <score>, None where it never got there."""
+        inputs = self.processor(texts, images).to(self.vlm.device)
+        ids = self.vlm.generate(**inputs, max_new_tokens=self.reasoning, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        words = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.rpartition("<score>")[0] if "<score>" in text else None for text in words]
+
+
+class RemoteScorer:
+    """A VLM behind an OpenAI-compatible endpoint (vLLM, SGLang), read through its top log-probs (Eq. 12).
+
+    The VLM writes its whole answer; the score is found from its end. What cannot be read is returned as an exception.
+    """
+
+    TIMEOUT, RETRIES, CONCURRENCY = 120, 3, 16  # seconds, after the first try, requests at a time
+
+    def __init__(self, url, rubric, reasoning=0):
+        self.url, self.rubric, self.reasoning, self.mass = url.rstrip("/"), rubric, reasoning, None
+        self.pool = ThreadPoolExecutor(self.CONCURRENCY)
+        try:
+            self.model = self.request("/models")["data"][0]["id"]
+        except Exception as error:
+            raise ConnectionError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from error
+
+    def __call__(self, images, prompts, sources):
+        return list(self.pool.map(self.ask, prompts, [[*before, image] for before, image in zip(sources, images)]))
+
+    def ask(self, prompt, pictures):
+        content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+        content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
+                "max_tokens": self.reasoning + 16, "logprobs": True, "top_logprobs": 20}
+        try:
+            choice = self.request("/chat/completions", body)["choices"][0]
+            p = score_probabilities(choice["logprobs"]["content"])
+            if p is None:
+                raise ValueError(f"no <score>1-5</score> in the answer (finish_reason {choice.get('finish_reason')})")
+        except Exception as error:  # whatever a server does wrong costs one score, with its reason
+            return error
+        mass = self.mass = sum(p)
+        return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass)                    # Eq. 12
+
+    def request(self, path, body=None):
+        """The server's JSON. Time-outs, dropped connections, overload and garbage are tried again, other refusals not."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        request = urllib.request.Request(self.url + path, body and json.dumps(body).encode(), headers)
+        for attempt in range(self.RETRIES + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.TIMEOUT) as reply:
+                    return json.load(reply)
+            except Exception as error:
+                code = getattr(error, "code", 500)
+                if attempt == self.RETRIES or (code < 500 and code not in (408, 429)):
+                    raise
+                time.sleep(0.5 * 2**attempt * (1 + random.random()))
+
+
+def data_url(image):
+    """As PNG: JPEG would hide the artefacts that a reward must see."""
+    on_white(image).save(buffer := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def score_probabilities(answer):
+    """p(1) .. p(5) at the last of 1-5 that follows <score> in an answer's `logprobs.content`; None without one."""
+    tokens = [entry["token"] for entry in answer]
+    for i in reversed(range(len(tokens))):
+        if tokens[i].strip() in SCORES and "".join(tokens[:i]).rstrip().endswith("<score>"):
+            tops = [(top["token"].strip(), math.exp(top["logprob"])) for top in answer[i]["top_logprobs"]]
+            return [sum(p for token, p in tops if token == score) for score in SCORES]
+    return None
+
+
+class FaceIdentity:
+    """Whether an edit keeps who is in the picture (Sec. 3.3): for each source face the best cosine among the output's faces,
+    averaged, at least 0. Undefined (None) where the sources show no face, 0 where only the output shows none.
+
+    embed(image) -> (faces, d) array-like.
+    """
+
+    def __init__(self, embed):
+        self.embed = embed
+
+    def __call__(self, images, prompts, sources):
+        return [self.similarity(image, before) for image, before in zip(images, sources)]
+
+    def similarity(self, image, sources):
+        old, new = [face for source in sources for face in self.unit(source)], self.unit(image)
+        return float(np.mean([max([0.0, *(face @ other for other in new)]) for face in old])) if old else None
+
+    def unit(self, image):
+        return [face / max(np.linalg.norm(face), 1e-12) for face in np.asarray(self.embed(image), np.float64)]
+
+
+def insightface_embed():
+    """embed(image) by insightface's detector and ArcFace."""
+    try:
+        from insightface.app import FaceAnalysis
+    except ImportError as error:
+        raise ImportError("--reward identity: `pip install insightface onnxruntime` (its weights are for non-commercial "
+                          "research only), or bring identity=file.py:embed") from error
+    app = FaceAnalysis(allowed_modules=["detection", "recognition"])
+    app.prepare(ctx_id=-1)
+    return lambda image: [face.normed_embedding for face in app.get(np.asarray(on_white(image))[:, :, ::-1])]  # BGR
 
 
 def load_rewards(specs, root, dtype, vlms):
-    """`--reward` values -> [Reward], weights 1/K. NAME, NAME=DIRECTORY or NAME=file.py:function.
+    """`--reward` values -> [Reward]: NAME, NAME=SOURCE, or one JSON file of
 
-    VLMs wait in host memory for `move_judges`; `vlms` {directory: model} lets several rewards share one.
+        {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?}}, "categories"?: {CATEGORY: {NAME: weight}}}
+
+    Names alone weigh 1/K; weights that do not sum to 1 are an error. A source is a VLM (directory or hub id), the URL of an
+    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. VLMs wait in host memory for
+    `move_judges`; `vlms` {directory: model} lets several rewards share one.
     """
-    rewards = []
-    for spec in specs:
-        name, _, source = spec.partition("=")
-        source = source or (str(root / "rewards" / name) if (root / "rewards" / name).is_dir() else "")
-        if ".py:" in source:
-            rewards.append(Reward(name, 1 / len(specs), source, load_function(source)))
-            continue
-        directory = source or str(root / "text_encoder")
-        config = Path(directory) / "reward.json"
-        rubric = read_config(config)["rubric"] if config.exists() else find_rubric(name)
-        if directory not in vlms:
-            vlms[directory] = load_vlm(directory, "cpu", dtype)
-        scorer = VLMScorer(vlms[directory], directory if source else root / "processor", rubric)
-        note = "" if source else f" (zero-shot: there is no {root / 'rewards' / name})"
-        rewards.append(Reward(name, 1 / len(specs), directory + note, scorer))
+    where, folder, pairs = "--reward", Path(), [spec.partition("=")[::2] for spec in specs]
+    table = {"rewards": {name: {"weight": 1 / len(specs), "source": source} for name, source in pairs}}
+    if len(table["rewards"]) < len(specs) or any(name.endswith(".json") for name, _ in pairs[1:]):
+        raise ValueError(f"--reward {' '.join(specs)}: want different names, or one JSON file alone")
+    if specs and specs[0].endswith(".json"):
+        where, folder, table = specs[0], Path(specs[0]).parent, read_config(specs[0])
+    entries, categories, rewards = table.get("rewards", {}), table.get("categories", {}), []
+    for label, weights in [("rewards", {name: entry.get("weight", 0) for name, entry in entries.items()}), *categories.items()]:
+        if specs and (set(weights) - set(entries) or abs(sum(weights.values()) - 1) > 1e-6 or min(weights.values()) < 0):
+            raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
+    for name, entry in entries.items():
+        unknown = set(entry) - {"weight", "source", "range", "rubric", "reasoning"}
+        if unknown:
+            raise ValueError(f"{where}: {name}: unknown key {', '.join(sorted(unknown))}")
+        source, score = open_source(name, entry, folder, root, dtype, vlms)
+        weights = {category: vector.get(name, 0.0) for category, vector in categories.items()}
+        rewards.append(Reward(name, entry["weight"], source, score, tuple(entry.get("range", (1.0, 5.0))), weights))
     return rewards
+
+
+def open_source(name, entry, folder, root, dtype, vlms):
+    """One reward's source, in words, and its scoring function."""
+    source, brought = entry.get("source", ""), root / "rewards" / name
+    if "://" in source:
+        return source, RemoteScorer(source, entry.get("rubric") or find_rubric(name), entry.get("reasoning", 0))
+    if name == "identity":
+        return source or "insightface", FaceIdentity(load_function(folder / source) if source else insightface_embed())
+    if ".py:" in source:
+        return source, load_function(folder / source)
+    zero_shot = not source and not brought.is_dir()
+    directory = root / "text_encoder" if zero_shot else brought if not source else folder / source
+    directory = directory if directory.is_dir() else download(source)
+    card = read_config(directory / "reward.json") if (directory / "reward.json").exists() else {}
+    if "weights" in card:  # shared with another reward
+        directory = directory / card["weights"]
+        card = read_config(directory / "reward.json")
+    directory = directory.resolve()
+    rubrics = card.get("rubrics", {})  # a VLM with one rubric is asked that one, whatever the reward is called
+    rubric = entry.get("rubric") or rubrics.get(name) or (find_rubric(name) if len(rubrics) != 1 else [*rubrics.values()][0])
+    if directory not in vlms:
+        vlms[directory] = load_vlm(directory, "cpu", dtype)
+    scorer = VLMScorer(vlms[directory], root / "processor" if zero_shot else directory, rubric,
+                       entry.get("reasoning", card.get("reasoning", 0)))
+    return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
 
 
 def move_judges(rewards, device):
@@ -1222,7 +1378,7 @@ def find_rubric(name):
 
 def load_function(source):
     """file.py:function -> the function (images, prompts, sources) -> [float]."""
-    path, _, name = source.rpartition(":")
+    path, _, name = str(source).rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward {source}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -1257,17 +1413,21 @@ def compute_dtype(device):
 def shard(model, device):
     """FSDP2: blocks, then root. fp32 masters and gradients; bf16 compute on CUDA. The model casts its own inputs, so
     that the timestep stays fp32. Works at world size 1 too."""
-    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False)
     world = dist.get_world_size()
     for name, param in model.named_parameters():
         if len(param) % world:
             raise ValueError(f"{name} has {len(param)} rows, which {world} ranks cannot share evenly")
-    for block in model.transformer_blocks:
-        fully_shard(block, mp_policy=mixed)
-    fully_shard(model, mp_policy=mixed)
+    shard_blocks(model, model.transformer_blocks, device)
     for method in ("prefix", "velocity"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def shard_blocks(model, blocks, device):
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=mixed)
 
 
 def own_rows(model):
@@ -1320,8 +1480,8 @@ def image_grid_png(path, rows, labels, width=None):
     sheet.save(path)
 
 
-def line_chart(path, series, title, x_label, size=(720, 420)):
-    """Save a line chart as PNG. series: {name: [(x, y), ...]}."""
+def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
+    """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}."""
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
     points = [p for line in series.values() for p in line if all(map(math.isfinite, p))]
     if not points:
@@ -1345,7 +1505,10 @@ def line_chart(path, series, title, x_label, size=(720, 420)):
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
     for i, (name, line) in enumerate(series.items()):
         line = [place(*p) for p in line if all(map(math.isfinite, p))]
-        if len(line) > 1:
+        if dots:
+            for x, y in line:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i % 6])
+        elif len(line) > 1:
             draw.line(line, fill=colours[i % 6], width=2, joint="curve")
         draw.rectangle((box[0] + 10, box[1] + 10 + 18 * i, box[0] + 22, box[1] + 20 + 18 * i), fill=colours[i % 6])
         draw.text((box[0] + 28, box[1] + 8 + 18 * i), name, fill="black", font=font)

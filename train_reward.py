@@ -1,99 +1,206 @@
-"""Pointwise reward model (Sec. 3.1): a VLM learns to rate pictures from 1 to 5 on a rubric.
+"""Reward models (Sec. 3.1): a VLM learns to rate pictures from 1 to 5 on a rubric, from scores or from preferences.
 
-The answer is a single token 1..5; the score is the expectation under the VLM's distribution over the five (Eq. 12),
-regressed to the human score (Eq. 11). The result is an ordinary Hugging Face directory with reward.json (the rubric)
-beside the weights, ready for `grpo.py --reward NAME=DIRECTORY`.
+The VLM answers <score>N</score>, after its reasoning if the data has any; the score is the expectation under its distribution
+over the five tokens at N (Eq. 12), regressed to human scores (Eq. 11) or ranked by human preferences (Eq. 10). The result is
+an ordinary Hugging Face directory, for `vllm serve` or `grpo.py --reward NAME=DIRECTORY`, with rubric and answer form in
+reward.json.
 
     python train_reward.py --reward aesthetic --data scores.jsonl --out rewards/aesthetic
+    torchrun --nproc_per_node=8 train_reward.py --reward alignment --base Qwen/Qwen3-VL-8B-Instruct --lr 2e-6 --data ...
 
-Data: JSON Lines of {"prompt", "image", "score" (1-5, fractions allowed), "source"?: path or [paths]}, paths relative to the
-file. Lines with the same prompt form a group, for the rank correlation within groups.
+Data: JSON Lines, paths relative to the file.
+  pointwise  {"prompt", "image", "score", "reasoning"?, "source"?, "reward"?}: score is 1 to 5, fractions allowed, or an object
+             of dimensions (quality, fidelity, ...), of which the mean is taken; source is one path or several, and makes the
+             line a triplet of source, instruction (the prompt) and output.
+  pairwise   {"prompt", "chosen", "rejected", "source"?, "attributes"?: {"valid", "text_distortion", "figure_distortion"}}: a
+             pair with "valid": false is dropped.
+"reward" asks under another rubric than --reward; so one VLM can serve several rewards. Either kind can be --eval-data.
 
 Differs from the paper:
   1. The distribution is renormalised over the five tokens, and a term keeps the probability mass on them; where the mass
      is 1 this is Eq. 12 as printed.
-  2. Eq. 11 is averaged over the batch, not summed.
-  3. No chain of thought and no pairwise objective (Eq. 10) yet.
+  2. Eq. 10 and 11 are averaged over the batch, not summed.
+  3. Scores end at 1 and 5, so R_w - R_l in Eq. 10 is at most 4; --margin-scale multiplies it (1: as printed).
+  4. The reasoning, and the form around the score, are learnt by cross-entropy; the paper does not say how.
 """
 
 import argparse
+import gc
 import json
+import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from model import (
-    RUBRICS, Processor, expected_score, find_rubric, on_white, score_text, score_tokens, write_text)
+    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, download, expected_score, find_rubric,
+    full_weights, line_chart, load_checkpoint, load_vlm, on_white, remove, save_checkpoint, score_text, score_tokens, setup,
+    shard_blocks, write_text)
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny" / "model"
+ATTRIBUTES = ("valid", "text_distortion", "figure_distortion")
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("reward").add_argument
     add("--reward", required=True, metavar="NAME",
         help=f"which built-in rubric to ask: {', '.join(RUBRICS)}; or any name, with --rubric")
     add("--rubric", metavar="FILE", help="text file with the rubric, {prompt} where the prompt goes")
-    add("--data", required=True, metavar="FILE", help="scored pictures to train on")
-    add("--eval-data", metavar="FILE", nargs="*", default=[], help="held-out scored pictures")
+    add("--data", required=True, metavar="FILE", help="scored pictures, or pairs, to train on")
+    add("--eval-data", metavar="FILE", nargs="*", default=[], help="held-out scored pictures or pairs")
     add("--out", required=True, metavar="DIR", help="directory to write")
-    add("--base", default=str(TINY / "text_encoder"), metavar="DIR", help="VLM to start from (default: the tiny one)")
+    add = parser.add_argument_group("model").add_argument
+    add("--base", default=str(TINY / "text_encoder"), metavar="VLM",
+        help="directory or hub id to start from, any Qwen-VL (default: the tiny one)")
     add("--processor", metavar="DIR", help="its tokenizer and image processor (default: --base, or ../processor)")
     add("--pixels", type=int, metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
+    add("--freeze-vision", action="store_true", help="train the language model only")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--objective", choices=("pointwise", "pairwise"), default="pointwise",
+        help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the paper's choice)")
     add("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
-    add("--batch", type=int, default=32, help="pictures per step (default: %(default)s)")
+    add("--batch", type=int, default=32, help="pictures, or pairs, per step on all ranks (default: %(default)s)")
+    add("--micro-batch", type=int, metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 4 on a GPU)")
     add("--lr", type=float, default=1e-3,
         help="AdamW, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
+    add("--margin-scale", type=float, default=1.0, metavar="S", help="of R_w - R_l in Eq. 10 (default: %(default)s)")
     add("--mass-coef", type=float, default=0.1, help="weight of -log(mass on the score tokens) (default: %(default)s)")
+    add("--answer-coef", type=float, default=1.0,
+        help="weight of the cross-entropy of all other answer tokens (default: %(default)s)")
+    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints, 0 for none (default: %(default)s)")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     return parser.parse_args(argv)
 
 
 # ---- 2. data -------------------------------------------------------------------------------------------------
 
 
-def load_scores(path):
-    """Scored pictures: [(prompt, [source and output paths], score)]. A bad line is an error that names it."""
-    path, rows = Path(path), []
+@dataclass
+class Example:
+    """One picture to be rated. pictures: paths, sources first; score is NaN in a pair."""
+
+    prompt: str
+    pictures: list
+    reward: str
+    score: float = math.nan
+    reasoning: str = ""
+
+
+def load_data(path, reward):
+    """Scored pictures [(Example,)] or pairs [(chosen, rejected)], and what to say about them. A bad line is named."""
+    path, rows, notes = Path(path), [], Counter()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            sources = record.get("source", [])
-            names = [*([sources] if isinstance(sources, str) else sources), record["image"]]
-            prompt, score = record["prompt"], float(record["score"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f'{path}:{number}: want {{"prompt", "image", "score"}} ({error!r})') from None
-        if not 1 <= score <= 5:
-            raise ValueError(f"{path}:{number}: score {score} is not between 1 and 5")
-        for name in names:
-            if not (path.parent / name).is_file():
-                raise FileNotFoundError(f"{path}:{number}: no picture {path.parent / name}")
-        rows.append((prompt, [path.parent / name for name in names], score))
+            row = read_record(record, path.parent, record.get("reward", reward), notes)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{path}:{number}: {describe(error)}") from None
+        rows += [row] if row else []
     if not rows:
-        raise ValueError(f"{path} holds no scored pictures")
-    return rows
+        raise ValueError(f"{path} holds nothing to learn from")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{path} mixes scored pictures and pairs")
+    if len({bool(row[0].reasoning) for row in rows}) > 1:
+        raise ValueError(f"{path}: some lines have reasoning and others have none")
+    return rows, "".join(f", {note} ({count})" for note, count in notes.items())
 
 
-def collate(processor, rubric, rows, device):
-    """Model inputs up to the score token, and the human scores (B,)."""
-    texts = [score_text(processor.tokenizer, rubric, prompt, len(paths)) for prompt, paths, _ in rows]
-    inputs = processor(texts, [on_white(Image.open(path)) for _, paths, _ in rows for path in paths])
-    return {k: v.to(device) for k, v in inputs.items()}, torch.tensor([score for _, _, score in rows], device=device)
+def read_record(record, folder, reward, notes):
+    """One line -> (Example,), (chosen, rejected), or None for an invalid pair."""
+    sources = record.get("source", [])
+    sources = [sources] if isinstance(sources, str) else sources
+    outputs = [record["image"]] if "image" in record else [record["chosen"], record["rejected"]]
+    pictures, before = [folder / name for name in (*sources, *outputs)], [folder / name for name in sources]
+    for picture in pictures:
+        if not picture.is_file():
+            raise FileNotFoundError(f"no picture {picture}")
+    if len(outputs) == 2:
+        attributes = record.get("attributes", {})
+        if set(attributes) - set(ATTRIBUTES):
+            raise ValueError(f"attributes are {', '.join(ATTRIBUTES)}")
+        if not attributes.get("valid", True):
+            notes["invalid pairs dropped"] += 1
+            return None
+        notes.update(f"pairs with {name}".replace("_", " ") for name in ATTRIBUTES[1:] if attributes.get(name))
+        return tuple(Example(record["prompt"], [*before, picture], reward) for picture in pictures[-2:])
+    score = record["score"]
+    if isinstance(score, dict):
+        notes[f"score = mean of {', '.join(score)}"] += 1
+        score = sum(map(float, score.values())) / len(score)
+    if not 1 <= float(score) <= 5:
+        raise ValueError(f"score {score} is not between 1 and 5")
+    return (Example(record["prompt"], pictures, reward, float(score), record.get("reasoning", "")),)
+
+
+def describe(error):
+    wanted = 'want {"prompt", "image", "score"} or {"prompt", "chosen", "rejected"}'
+    return f"{wanted} ({error!r})" if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)) else str(error)
+
+
+def batch_rows(step, count, batch, seed):
+    """Row numbers of a step, a function of (seed, step) alone: permutations of the data, one after another."""
+    first, numbers = step * batch, []
+    while len(numbers) < batch:
+        epoch, offset = divmod(first + len(numbers), count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+        numbers += order[offset:offset + batch - len(numbers)].tolist()
+    return numbers
+
+
+def collate(processor, rubrics, examples, device):
+    """Model inputs with the whole answer; labels (B, T) of its tokens but the score; place of the score, from the end; y (B,)."""
+    tail = "</score>" + processor.tokenizer.eos_token
+    place = len(processor.tokenizer(tail, add_special_tokens=False).input_ids) + 1
+    texts, answers = [], []
+    for example in examples:
+        texts.append(score_text(processor.tokenizer, rubrics[example.reward], example.prompt, len(example.pictures),
+                                bool(example.reasoning)))
+        digit = 3 if math.isnan(example.score) else round(example.score)  # only the form after it depends on this token
+        answers.append(example.reasoning + f"\n<score>{digit}{tail}"[not example.reasoning:])
+    inputs = processor([text + answer for text, answer in zip(texts, answers)],
+                       [on_white(Image.open(path)) for example in examples for path in example.pictures])
+    lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
+    labels = inputs["input_ids"][:, -max(lengths):].clone()
+    for row, length in enumerate(lengths):  # texts are padded on the left, so all answers end together
+        labels[row, :-length] = -100
+    labels[:, -place] = -100
+    return inputs.to(device), labels.to(device), place, torch.tensor([example.score for example in examples], device=device)
 
 
 # ---- 3. loss -------------------------------------------------------------------------------------------------
 
 
-def pointwise_loss(logits, tokens, y, mass_coef):
-    """logits (B, V) at the score position, y (B,) human scores -> loss (), predicted scores (B,)."""
-    score, mass = expected_score(logits, tokens)                                                             # (B,)  Eq. 12, difference 1
-    return ((score - y) ** 2).mean() - mass_coef * mass.log().mean(), score                                  # ()    Eq. 11, difference 2
+def pointwise_loss(score, y):
+    """Regression to human scores, summed over the batch: (B,), (B,) -> ()."""
+    return ((score - y) ** 2).sum()                                                                          # ()    Eq. 11, difference 2
+
+
+def pairwise_loss(score, margin_scale):
+    """Bradley-Terry on (chosen, rejected) pairs one after another, summed: (2B,) -> ()."""
+    margin = score[0::2] - score[1::2]                                                                       # (B,)  R_w - R_l
+    return -F.logsigmoid(margin_scale * margin).sum()                                                        # ()    Eq. 10, difference 2, 3
+
+
+def answer_loss(logits, labels):
+    """Cross-entropy of the reasoning and of the form, mean over an answer's tokens, summed: (B, T, V), (B, T) -> ()."""
+    tokens = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return (tokens.unflatten(0, labels.shape).sum(1) / (labels != -100).sum(1)).sum()                        # ()    difference 4
 
 
 # ---- 4. evaluation -------------------------------------------------------------------------------------------
@@ -112,79 +219,140 @@ def correlation(a, b):
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
 
 
-@torch.no_grad()
-def evaluate(vlm, processor, tokens, rubric, rows, device, batch=32):
-    """SRCC, PLCC, mean absolute error, mass on the score tokens, and the mean rank correlation within prompts."""
-    scores, masses = [], []
-    for first in range(0, len(rows), batch):
-        inputs, _ = collate(processor, rubric, rows[first:first + batch], device)
-        score, mass = expected_score(vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1], tokens)
-        scores, masses = scores + score.tolist(), masses + mass.tolist()
-    scores, truth, groups = np.array(scores), np.array([row[2] for row in rows]), {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row[0], []).append(i)
-    within = [correlation(ranks(scores[g]), ranks(truth[g])) for g in groups.values() if len(g) > 2]
-    return {
-        "n": len(rows), "srcc": correlation(ranks(scores), ranks(truth)), "plcc": correlation(scores, truth),
-        "mae": float(np.abs(scores - truth).mean()), "mass": float(np.mean(masses)),
-        "group_srcc": float(np.nanmean(within)) if within else None, "groups": len(within)}
+def pair_accuracy(pairs):
+    """Share of (better, worse) predictions in the right order, ties counting half; None without pairs."""
+    return float(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs])) if pairs else None
+
+
+def rate(scorers, rows, rank, world):
+    """Predictions of every example of the rows in their order, by all ranks together: scores (NaN: none), mass."""
+    examples = [example for row in rows for example in row]
+    found = []
+    for reward in sorted({example.reward for example in examples}):
+        mine = [(i, e) for i, e in enumerate(examples) if e.reward == reward][rank::world]
+        pictures = [[Image.open(path) for path in e.pictures] for _, e in mine]
+        read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in mine], [p[:-1] for p in pictures])
+        found += [(i, FAILED if isinstance(score, Exception) else score, mass) for (i, _), (score, mass, _) in zip(mine, read)]
+    return np.array([row[1:] for row in sorted(all_gather_list(found))]).T
+
+
+def statistics(rows, scores, masses):
+    """Agreement with the human scores, or with the preferences; what could not be scored is counted and left out."""
+    table, valid = {"n": len(rows), "failed": int(np.isnan(scores).sum()), "mass": float(np.mean(masses))}, np.isfinite(scores)
+    if not valid.any():
+        return table
+    if len(rows[0]) == 2:
+        pairs = [pair for pair in scores.reshape(-1, 2).tolist() if np.isfinite(pair).all()]
+        return table | {"pair_accuracy": pair_accuracy(pairs)}
+    truth, groups, within, pairs = np.array([row[0].score for row in rows]), {}, [], []
+    for i in np.flatnonzero(valid):
+        groups.setdefault((rows[i][0].reward, rows[i][0].prompt, *rows[i][0].pictures[:-1]), []).append(i)
+    for g in groups.values():
+        within += [correlation(ranks(scores[g]), ranks(truth[g]))] if len(g) > 2 else []
+        pairs += [(scores[i], scores[j]) for i in g for j in g if truth[i] > truth[j]]
+    scores, truth = scores[valid], truth[valid]
+    return table | {
+        "srcc": correlation(ranks(scores), ranks(truth)), "plcc": correlation(scores, truth),
+        "mae": float(np.abs(scores - truth).mean()), "pair_accuracy": pair_accuracy(pairs),
+        "group_srcc": float(np.nanmean(within)) if np.isfinite(within).any() else None, "groups": len(within)}
 
 
 def main():
     # ---- 5. setup --------------------------------------------------------------------------------------------
     args = parse_args()
-    from transformers import AutoModelForImageTextToText
-
+    rank, world, device = setup()
+    cuda, out = device.type == "cuda", Path(args.out)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rubric = Path(args.rubric).read_text().strip() if args.rubric else find_rubric(args.reward)
-    beside = Path(args.base).parent / "processor"
-    processor = Processor(args.processor or (beside if beside.is_dir() else args.base))
+    base = download(args.base)
+    beside = base.parent / "processor"
+    processor = Processor(args.processor or (beside if beside.is_dir() else base))
     if args.pixels:
         processor.image_processor.size = {"shortest_edge": args.pixels, "longest_edge": max(args.pixels, 16777216)}
     tokens = score_tokens(processor.tokenizer)
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} is not a multiple of {world} ranks")
 
     # ---- 6. data ---------------------------------------------------------------------------------------------
-    train, held_out = load_scores(args.data), {path: load_scores(path) for path in args.eval_data}
+    train, note = load_data(args.data, args.reward)
+    held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
+    size = {"pointwise": 1, "pairwise": 2}[args.objective]
+    if len(train[0]) != size:
+        raise ValueError(f"--objective {args.objective}: {args.data} holds {'pairs' if size == 1 else 'scored pictures'}")
+    names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row} | {args.reward})
+    rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
+    if args.rubric:
+        rubrics[args.reward] = Path(args.rubric).read_text().strip()
+    longest = max(len(processor.tokenizer(row[0].reasoning, add_special_tokens=False).input_ids) for row in train)
+    card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
     # ---- 7. model --------------------------------------------------------------------------------------------
-    vlm = AutoModelForImageTextToText.from_pretrained(args.base, dtype=torch.float32).to(device)
-    optimizer = torch.optim.AdamW(vlm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    size = sum(param.numel() for param in vlm.parameters())
-    print(f"{args.reward}: {size:,} parameters, {len(train)} scored pictures, {args.steps} steps of {args.batch}")
+    vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)
+    if args.freeze_vision:
+        vlm.model.visual.requires_grad_(False)
+    count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
+    shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], device)
+    trained = [param for param in vlm.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = load_checkpoint(out / "checkpoint", vlm, optimizer) if args.resume else 0
+    micro_batch = args.micro_batch or (4 if cuda else 32)
+    if rank == 0:
+        print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} {'scored pictures' if size == 1 else 'pairs'}"
+              f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}")
 
     # ---- 8. train --------------------------------------------------------------------------------------------
-    order, bar, running = [], tqdm(range(args.steps), desc=args.reward, dynamic_ncols=True), None
+    bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0, dynamic_ncols=True), None
     for step in bar:
-        if len(order) < args.batch:
-            order += torch.randperm(len(train)).tolist()
-        batch, order = [train[i] for i in order[:args.batch]], order[args.batch:]
-        inputs, y = collate(processor, rubric, batch, device)
-        logits = vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]                              # (B, V)
-        loss, score = pointwise_loss(logits, tokens, y, args.mass_coef)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
+        total = 0.0
+        for first in range(0, len(numbers), micro_batch):
+            examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
+            inputs, labels, place, y = collate(processor, rubrics, examples, device)
+            logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]       # (B, T, V)
+            score, mass = expected_score(logits[:, -place], tokens)                                          # (B,)  Eq. 12, difference 1
+            loss = pointwise_loss(score, y) if args.objective == "pointwise" else pairwise_loss(score, args.margin_scale)
+            loss = loss - (args.mass_coef * mass.log().sum() - args.answer_coef * answer_loss(logits, labels)) / size
+            (loss * world / args.batch).backward()  # FSDP averages over ranks
+            total += loss.item() * world / args.batch
+        torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        running = total if running is None else 0.95 * running + 0.05 * total
         bar.set_postfix(loss=f"{running:.3f}")
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_checkpoint(out / "checkpoint", step + 1, vlm, optimizer)
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
-    out = Path(args.out)
-    vlm.eval().to(torch.bfloat16).save_pretrained(out)
-    processor.tokenizer.save_pretrained(out)
-    processor.image_processor.save_pretrained(out)
-    vlm.to(torch.float32)
-    result = {path: evaluate(vlm, processor, tokens, rubric, rows, device) for path, rows in held_out.items()}
-    card = {"name": args.reward, "rubric": rubric, "held_out": {Path(path).name: row for path, row in result.items()}}
-    write_text(out / "reward.json", json.dumps(card, indent=2))
-    for path, row in result.items():
-        cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-        print(f"{Path(path).name}: {'  '.join(cells)}")
-    print(f"wrote {out}")
+    weights = full_weights(vlm)
+    del vlm, optimizer, trained
+    if rank == 0:
+        plain = load_vlm(base, "cpu", torch.bfloat16)
+        plain.load_state_dict(weights)
+        plain.save_pretrained(out)
+        processor.tokenizer.save_pretrained(out)
+        processor.image_processor.save_pretrained(out)
+        write_text(out / "reward.json", json.dumps(card, indent=2))
+        remove(out / "checkpoint")
+    dist.barrier()
+    vlm = load_vlm(out, device, compute_dtype(device))  # evaluated as it will be used
+    scorers = {name: VLMScorer(vlm, out, rubric, card["reasoning"]) for name, rubric in rubrics.items()}
+    card["held_out"], dots = {}, {}
+    for path, rows in held_out.items():
+        scores, masses = rate(scorers, rows, rank, world)
+        table = card["held_out"][Path(path).name] = statistics(rows, scores, masses)
+        if len(rows[0]) == 1:
+            dots[Path(path).stem] = [(row[0].score, score) for row, score in zip(rows, scores)]
+        if rank == 0:
+            cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in table.items())
+            print(f"{Path(path).name}: {'  '.join(cells)}")
+    if rank == 0:
+        write_text(out / "reward.json", json.dumps(card, indent=2))
+        line_chart(out / "scatter.png", dots, "predicted score", "human score", dots=True)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # no FSDP module may outlive the process group
+    dist.destroy_process_group()

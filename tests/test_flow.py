@@ -233,7 +233,7 @@ def test_kept_states_are_steps_of_the_sde(network):
     _, kept = sampler([pair], generators(1), GRID, SCHEDULE, MIXED, 1, keep=[0, 1, 2, 3, 4])
     assert torch.equal(kept[0][0], noise[0])
     for k, eps in {0: noise[1], 1: noise[2], 2: None, 3: noise[3]}.items():
-        v = network(kept[k], SCHEDULE[k:k + 1], [pair[0]], GRID)
+        v = network.velocity(kept[k], SCHEDULE[k:k + 1], network.prefix([pair[0]], GRID))
         mean, std = model.sde_mean_std(kept[k], v, SCHEDULE[k], SCHEDULE[k + 1] - SCHEDULE[k], MIXED[k])
         assert torch.equal(kept[k + 1], mean if eps is None else mean + std * eps)
 
@@ -285,7 +285,7 @@ def test_shared_prefix_gradients_equal_plain_autograd(network, layout, checkpoin
     x, target, t = randn(5, TOKENS, 4), randn(5, TOKENS, 4, seed=1), torch.linspace(0.1, 1, 5)
 
     for i in range(5):
-        (network(x[i:i + 1], t[i:i + 1], [prompt], GRID) - target[i:i + 1]).pow(2).sum().backward()
+        (network.velocity(x[i:i + 1], t[i:i + 1], network.prefix([prompt], GRID)) - target[i:i + 1]).pow(2).sum().backward()
     expected = {name: param.grad for name, param in network.named_parameters()}
     network.zero_grad(set_to_none=True)
 

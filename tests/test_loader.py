@@ -81,7 +81,7 @@ def test_saved_directory_is_complete(root, tmp_path):
     assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "rewards", "scheduler", "transformer", "vae"]
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
     assert (new / "vae").readlink() == root / "vae"
-    assert model.transformer_config(new) == TRANSFORMER
+    assert model.new_transformer(new, torch.float32).config == TRANSFORMER
     index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64], "guidance_scale": 3.0}}
     assert json.loads((new / "model_index.json").read_text()) == index
     assert not (tmp_path / "new.part").exists()
@@ -245,7 +245,7 @@ def test_transformer_config_refuses(root, key, value):
     path = root / "transformer" / "config.json"
     write_json(path, TRANSFORMER | {key: value})
     with pytest.raises(ValueError) as error:
-        model.transformer_config(root)
+        model.new_transformer(root, torch.float32)
     for word in (str(path), key, repr(value)):
         assert word in str(error.value)
 
@@ -253,13 +253,13 @@ def test_transformer_config_refuses(root, key, value):
 def test_transformer_config_without_the_optional_keys(root):
     config = {key: value for key, value in TRANSFORMER.items() if key not in ("patch_size", "causal_condition", "eps")}
     write_json(root / "transformer" / "config.json", config)
-    assert model.transformer_config(root) == config
+    assert model.new_transformer(root, torch.float32).config == config
     load(root)
 
 
 @pytest.mark.parametrize("text", ["", "{'patch_size': 1}", '{"patch_size": 1'])
 @pytest.mark.parametrize("name, read", [("model_index.json", model.find_model),
-                                        ("transformer/config.json", model.transformer_config)])
+                                        ("transformer/config.json", lambda root: model.new_transformer(root, torch.float32))])
 def test_refuses_a_config_that_is_not_json(root, name, read, text):
     (root / name).write_text(text)
     with pytest.raises(ValueError, match="not JSON") as error:

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +22,7 @@ import model  # noqa: E402  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tqdm import trange  # noqa: E402
 
@@ -379,10 +380,10 @@ def make_prompts(relations=160, edits=96):
     write_lines(HERE / "edits.jsonl", records[edits // 3:])
 
 
-def base_samples(prompts, per_prompt, seed):
-    """[(prompt, image)] of the base model, each prompt at one of several guidance scales."""
+def base_samples(prompts, per_prompt, seed, sources=None):
+    """[(prompt, image)] of the base model, each prompt at one of several guidance scales; `sources`: a source path for each."""
     vae = model.load_vae(OUT, "cpu", torch.float32)
-    requests = {i: model.Request(prompt) for i, prompt in enumerate(prompts)}
+    requests = {i: model.Request(prompt, sources=(sources[i],) if sources else ()) for i, prompt in enumerate(prompts)}
     encoded = model.encode_prompts(OUT, vae, requests, 64 * 64, torch.device("cpu"))
     flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
     sampler, samples = model.Sampler(flow, graphs=False), []
@@ -390,8 +391,8 @@ def base_samples(prompts, per_prompt, seed):
     for i, cfg in enumerate((1.0, 2.0, 3.5)):
         images = [(0, p, n) for p in range(i, len(prompts), 3) for n in range(per_prompt)]
         batches = model.generate(sampler, vae, encoded, images, (4, 4), t, torch.zeros(len(t) - 1), cfg, seed, 64)
-        samples += [(prompts[p], image.convert("RGB")) for chunk, batch, _ in batches for (_, p, _), image in zip(chunk, batch)]
-    return samples
+        samples += [(p, image.convert("RGB")) for chunk, batch, _ in batches for (_, p, _), image in zip(chunk, batch)]
+    return [(prompts[p], image, *([Image.open(sources[p])] if sources else [])) for p, image in samples]
 
 
 def drawn_samples(rng, count):
@@ -428,42 +429,153 @@ def spoiled_samples(rng, samples, count):
     return spoiled
 
 
+def portrait_samples(rng, count):
+    """[(prompt, image)] of drawn faces: half with a defect of the face, most degraded, a few of something else."""
+    samples = []
+    for _ in range(count):
+        scene = world.sample_scene(rng, "face" if rng.random() < 0.9 else None)
+        image, way = world.draw(scene), rng.integers(8)
+        x, y, r = scene.items[0].x, scene.items[0].y, scene.items[0].r
+        pen, skin = ImageDraw.Draw(image), world.COLORS[scene.items[0].color]
+        if way == 0:  # an eye is missing
+            side = rng.choice((-1, 1))
+            pen.ellipse([x + 0.36 * side * r - 0.25 * r, y - 0.5 * r, x + 0.36 * side * r + 0.25 * r, y], fill=skin)
+        elif way == 1:  # the mouth is missing
+            pen.rectangle([x - 0.6 * r, y + 0.15 * r, x + 0.6 * r, y + 0.68 * r], fill=skin)
+        elif way == 2:  # an eye has another colour
+            pen.ellipse([x + 0.17 * r, y - 0.44 * r, x + 0.55 * r, y - 0.06 * r], fill=world.COLORS[str(rng.choice(world.EYE_COLORS))])
+        elif way == 3:  # squeezed
+            width = int(rng.integers(28, 48))
+            squeezed = Image.new("RGB", image.size, image.getpixel((0, 0)))
+            squeezed.paste(image.resize((width, 64)), ((64 - width) // 2, 0))
+            image = squeezed
+        samples.append((world.caption(scene), world.degrade(image, rng)[0] if rng.random() < 0.6 else image))
+    return samples
+
+
+def edit_samples(rng, count):
+    """[(instruction, output, source)] of drawings: edits done well, not at all, wrongly, with other layouts, or degraded."""
+    samples = []
+    for _ in range(count):
+        source, instruction, target = world.sample_edit(rng)
+        ways = [text for way in world.edits(source) for text in way if text != instruction]
+        shift = lambda item: replace(item, x=item.x + rng.uniform(-5, 5), y=item.y + rng.uniform(-5, 5))  # noqa: E731
+        moved = replace(target, items=tuple(map(shift, target.items)))
+        outcomes = (target, target, source, world.edited(source, str(rng.choice(ways))) if ways else source, moved,
+                    world.sample_scene(rng, target.kind))
+        image = world.draw(outcomes[rng.integers(len(outcomes))])
+        image = world.degrade(image, rng)[0] if rng.random() < 0.4 else image
+        samples.append((instruction, image, world.draw(source)))
+    return samples
+
+
+def edit_sources(rng, count, folder):
+    """Instructions and the paths of as many drawn sources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    instructions, paths = [], []
+    for i in range(count):
+        source, instruction, _ = world.sample_edit(rng)
+        world.draw(source).save(folder / f"{i:04d}.png")
+        instructions, paths = instructions + [instruction], paths + [str(folder / f"{i:04d}.png")]
+    return instructions, paths
+
+
+def preference(prompt, first, second):
+    """(chosen, rejected) by the annotation hierarchy of Sec. 3.1, or None: consistency with the prompt, then distortion, then
+    texture and appeal, which one figure of the oracle covers here."""
+    keys = [(world.alignment(image, prompt)[1], -sum(item.form == "" for item in world.read(image).items),
+             round(world.aesthetic(image), 2)) for image in (first, second)]
+    return None if keys[0] == keys[1] else (first, second) if keys[0] > keys[1] else (second, first)
+
+
 def make_scores():
-    """Scored pictures for train_reward.py, labelled by the oracle: drawings and samples of the base, and what each scorer
-    needs besides: spoiled samples for the aesthetic, many more pairs of drawing and caption for the alignment."""
+    """Scored pictures and pairs for train_reward.py, labelled by the oracle: drawings, samples of the base, and what each
+    scorer needs besides: spoiled samples for the aesthetic, more pairs of drawing and caption for the alignment."""
     rng = np.random.default_rng(SEED + 2)
-    train = [json.loads(line)["prompt"] for line in (HERE / "prompts.jsonl").read_text().splitlines()]
-    held_out = [json.loads(line)["prompt"] for line in (HERE / "heldout.jsonl").read_text().splitlines()]
-    samples, drawn = base_samples(train, 12, SEED), drawn_samples(rng, 3000)
-    tests = {"drawn": drawn_samples(rng, 400), "samples": base_samples(held_out, 8, SEED + 1)}
-    rules = {"aesthetic": (lambda image, prompt: world.aesthetic(image), drawn + samples + spoiled_samples(rng, samples, 4000)),
-             "alignment": (lambda image, prompt: world.alignment(image, prompt)[1], drawn + samples + drawn_samples(rng, 7000))}
+    train, held_out = ([json.loads(line)["prompt"] for line in (HERE / name).read_text().splitlines()]
+                       for name in ("prompts.jsonl", "heldout.jsonl"))
+    faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"] for prompts in (train, held_out))
+    samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8, SEED + 1), drawn_samples(rng, 3000)
+    instructions, sources = edit_sources(rng, 600, BUILD / "sources")
+    other_instructions, other_sources = edit_sources(rng, 60, BUILD / "other-sources")
+    edited = base_samples(instructions, 4, SEED, sources)
+    spoiled = spoiled_samples(rng, samples, 4000)
+    rules = {
+        "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward, "portrait": world.portrait_reward,
+        "instruction": world.instruction_reward, "consistency": world.consistency_reward}
+    edits = {"train": edit_samples(rng, 5000) + edited, "drawn": edit_samples(rng, 400),
+             "samples": base_samples(other_instructions, 8, SEED + 1, other_sources)}
+    data = {
+        "aesthetic": {"train": drawn + samples + spoiled, "drawn": drawn_samples(rng, 400), "samples": tests},
+        "alignment": {"train": drawn + samples + drawn_samples(rng, 7000), "drawn": drawn_samples(rng, 400), "samples": tests},
+        "portrait": {"train": portrait_samples(rng, 4000) + base_samples(faces, 40, SEED + 3), "drawn": portrait_samples(rng, 400),
+                     "samples": base_samples(held_out_faces, 24, SEED + 4)},
+        "instruction": edits, "consistency": edits}
+    for name, parts in data.items():
+        for part, rows in parts.items():
+            write_scores(name, part, rows, rules[name])
+    both = [(BUILD / f"{name}-train.jsonl").read_text() for name in ("instruction", "consistency")]
+    (BUILD / "edit-train.jsonl").write_text("".join(both))
+    write_pairs(rng, samples + spoiled)
     examples = []
-    for name, (rule, pictures) in rules.items():
-        for part, rows in ({"train": pictures} | tests).items():
-            folder = BUILD / name / part
-            folder.mkdir(parents=True, exist_ok=True)
-            records = []
-            for i, (prompt, image) in enumerate(rows):
-                image.save(folder / f"{i:05d}.png")
-                score = round(1 + 4 * rule(image, prompt), 3)
-                records.append({"prompt": prompt, "image": f"{name}/{part}/{i:05d}.png", "score": score})
-            write_lines(BUILD / f"{name}-{part}.jsonl", records)
-            if name == "aesthetic" and part != "train":
-                examples += records[:24]
-    for record in examples:  # a few stay in git, as an example of the format
+    for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
+        examples += [json.loads(line) for line in (BUILD / f"aesthetic-{part}.jsonl").read_text().splitlines()[:24]]
+    for record in examples:
         (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
         (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
 
 
-def make_rewards():
-    for name, steps, pixels in (("aesthetic", 1500, 192 * 192), ("alignment", 3500, 128 * 128)):
+def write_scores(name, part, rows, rule):
+    """Pictures [(prompt, image, source?)] as files and their scores as JSON Lines; the alignment's with reasoning."""
+    (BUILD / name / part).mkdir(parents=True, exist_ok=True)
+    records = []
+    for i, (prompt, image, *source) in enumerate(rows):
+        record = {"reward": name, "prompt": prompt, "image": f"{name}/{part}/{i:05d}.png"}
+        image.save(BUILD / record["image"])
+        if source:
+            record["source"] = f"{name}/{part}/{i:05d}-source.png"
+            source[0].save(BUILD / record["source"])
+        if name == "alignment":
+            record["reasoning"] = world.describe(world.read(image))
+        records.append(record | {"score": round(rule([image], [prompt], [source])[0], 3)})
+    write_lines(BUILD / f"{name}-{part}.jsonl", records)
+
+
+def write_pairs(rng, samples, per_prompt=24):
+    """Pairs of pictures of the same prompt, the form of Sec. 3.1."""
+    groups, records = {}, []
+    for prompt, image in samples:
+        groups.setdefault(prompt, []).append(image)
+    (BUILD / "pairs").mkdir(parents=True, exist_ok=True)
+    for prompt, images in groups.items():
+        for _ in range(per_prompt):
+            pair = preference(prompt, *(images[i] for i in rng.choice(len(images), 2, replace=False)))
+            if pair:
+                names = [f"pairs/{len(records):05d}-{part}.png" for part in ("chosen", "rejected")]
+                for image, path in zip(pair, names):
+                    image.save(BUILD / path)
+                records.append({"prompt": prompt, "chosen": names[0], "rejected": names[1]})
+    write_lines(BUILD / "aesthetic-pairs.jsonl", records)
+
+
+# (directory, training data, rewards it serves, steps); 192 pixels a side show the VLM more than 64 do
+REWARDS = [
+    ("aesthetic", "aesthetic", ["aesthetic"], 1500), ("alignment", "alignment", ["alignment"], 3000),
+    ("portrait", "portrait", ["portrait"], 900), ("edit", "edit", ["instruction", "consistency"], 2200)]
+
+
+def make_rewards(only=None):
+    for name, data, tests, steps in REWARDS:
+        if only not in (None, name):
+            continue
         subprocess.run([
-            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, "--base", str(OUT / "text_encoder"),
-            "--data", str(BUILD / f"{name}-train.jsonl"), "--eval-data", str(BUILD / f"{name}-drawn.jsonl"),
-            str(BUILD / f"{name}-samples.jsonl"), "--out", str(OUT / "rewards" / name), "--pixels", str(pixels),
-            "--steps", str(steps)], check=True)
+            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base", str(OUT / "text_encoder"),
+            "--data", str(BUILD / f"{data}-train.jsonl"), "--eval-data",
+            *(str(BUILD / f"{test}-{part}.jsonl") for test in tests for part in ("drawn", "samples")),
+            "--out", str(OUT / "rewards" / name), "--pixels", str(192 * 192), "--steps", str(steps)], check=True)
+    for name in ("instruction", "consistency"):
+        write_json(OUT / "rewards" / name / "reward.json", {"weights": "../edit"})
 
 
 STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores, "rewards": make_rewards}

@@ -129,6 +129,21 @@ def caption(scene: Scene) -> str:
     return f"{subject} on a {scene.background} background"
 
 
+def describe(scene: Scene) -> str:
+    """What `read` saw, in the words of the captions; "unclear" where it is."""
+    look = [f"{item.color or 'unclear'} {item.form or 'unclear'}" for item in scene.items]
+    if scene.kind == "face" and len(scene.items) == 1:
+        subject = f"a {scene.mood or 'unclear'} face with {scene.eyes or 'unclear'} eyes"
+    elif scene.kind == "letter" and len(scene.items) == 1:
+        subject = f"the letter {scene.items[0].form} in {scene.items[0].color or 'unclear'}"
+    elif len(look) in COUNTS and len(set(look)) == 1:
+        subject = f"{COUNTS[len(look)]} {look[0]}s"
+    else:
+        joint = f" {scene.relation} " if scene.relation else " and "
+        subject = joint.join(_article(words) for words in look[:4]) or "nothing"
+    return f"{subject} on {_article(scene.background or 'unclear')} background"
+
+
 def _all_specs() -> list[Scene]:
     """Every scene without its layout"""
     things = [Item(shape, color) for shape in SHAPES for color in COLORS]
@@ -506,6 +521,43 @@ def consistency(source_image: Image.Image, output_image: Image.Image, source: Sc
     return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean())))
 
 
+def portrait(image: Image.Image) -> float:
+    """How good a face the picture shows, in [0, 1]: it is one face with a clear mood and two alike eyes, and cleanly drawn"""
+    seen = read(image)
+    if seen.kind != "face":
+        return 0.0
+    return (1 + bool(seen.mood) + bool(seen.eyes)) / 3 * (0.3 + 0.7 * aesthetic(image))
+
+
+def instruction(image: Image.Image, prompt: str, source: Image.Image) -> float:
+    """How well the edit was carried out, in [0, 1]: the share of the target's requirements met, a quarter of it where the
+    picture is no closer to the target than to the source, so that the core is not met"""
+    before, seen = read(source), read(image)
+    met, unchanged = _match(seen, edited(before, prompt))[1], _match(seen, before)[1]
+    return met if met > unchanged else met / 4
+
+
+def preserved(image: Image.Image, prompt: str, source: Image.Image) -> float:
+    """`consistency` with what is read in the source"""
+    before = read(source)
+    return consistency(source, image, before, edited(before, prompt))
+
+
+def embed_faces(image: Image.Image) -> list[np.ndarray]:
+    """One vector per face, for the identity reward. Who somebody is shows in the eyes; mood, place and size do not matter."""
+    pixels, vectors = _pixels(image), []
+    for item in read(image).items:
+        if item.form != "face":
+            continue
+        rows, columns = (np.arange(SIZE) + 0.5 - centre for centre in (item.y, item.x))
+        v, u = rows[:, None] / item.r, columns[None] / item.r
+        eyes = [(np.hypot(u - 0.36 * side, v + 0.25) < 0.16)[..., None] for side in (-1, 1)]
+        colors = np.concatenate([(pixels * eye).sum((0, 1)) / max(eye.sum(), 1) for eye in eyes]) / 255
+        closeness = [np.exp(-np.square(colors[i:i + 3] - PALETTE / 255).sum(-1) / 0.1) for i in (0, 3)]
+        vectors.append(np.concatenate(closeness))
+    return vectors
+
+
 # Reward sources for the training scripts: one value per image, on a scale of 1 to 5 (strict: 0 or 1)
 
 Images = list[Image.Image]
@@ -515,12 +567,24 @@ def aesthetic_reward(images: Images, prompts: list[str], sources: list[Images] |
     return [1 + 4 * aesthetic(image) for image in images]
 
 
+def portrait_reward(images: Images, prompts: list[str], sources: list[Images] | None = None) -> list[float]:
+    return [1 + 4 * portrait(image) for image in images]
+
+
 def alignment_reward(images: Images, prompts: list[str], sources: list[Images] | None = None) -> list[float]:
     return [1 + 4 * soft for _, soft in _alignments(images, prompts, sources)]
 
 
 def strict_reward(images: Images, prompts: list[str], sources: list[Images] | None = None) -> list[float]:
     return [float(strict) for strict, _ in _alignments(images, prompts, sources)]
+
+
+def instruction_reward(images: Images, prompts: list[str], sources: list[Images]) -> list[float]:
+    return [1 + 4 * instruction(image, prompt, before[0]) for image, prompt, before in zip(images, prompts, sources, strict=True)]
+
+
+def consistency_reward(images: Images, prompts: list[str], sources: list[Images]) -> list[float]:
+    return [1 + 4 * preserved(image, prompt, before[0]) for image, prompt, before in zip(images, prompts, sources, strict=True)]
 
 
 def _alignments(images: Images, prompts: list[str], sources: list[Images] | None) -> list[tuple[bool, float]]:
