@@ -111,9 +111,11 @@ def trained_steps(count, total):
 
 
 def await_scores(futures, arrived, count):
-    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why)."""
+    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds."""
+    start = time.perf_counter()
     while len(arrived) < count:
         arrived.extend(zip(*(future.result() for future in futures.pop(0))))
+    return time.perf_counter() - start
 
 
 # ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
@@ -414,16 +416,14 @@ def main(argv=None):
 
         # updates, each on its own groups
         ratio_dev, clip_frac, grad_norm, kl, waited_seconds = [], [], [], [], 0.0
+        weights = torch.tensor([[r.categories.get(requests[i].category, r.weight) for i in ids] for r in rewards])
+        scores, advantage = weights.new_empty(*weights.shape, G), weights.new_empty(len(ids), G)             # (K, groups, G)
         groups = len(ids) // U
-        weights = torch.tensor([[reward.categories.get(requests[i].category, reward.weight) for i in ids] for reward in rewards])
-        scores, advantage = torch.empty(len(rewards), len(ids), G), torch.empty(len(ids), G)                 # (K, groups, G), (groups, G)
         scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
             ratios = []
             for group in range(update * groups, (update + 1) * groups):
-                waited = time.perf_counter()
-                await_scores(futures, arrived, (group + 1) * G)
-                waited_seconds += time.perf_counter() - waited
+                waited_seconds += await_scores(futures, arrived, (group + 1) * G)
                 scores[:, group] = torch.tensor([[score for score, _ in row] for row in arrived[group * G:(group + 1) * G]]).T
                 advantage[group] = group_advantage(scores[:, [group]], weights[:, [group]])                  # Eq. 4, 13
                 prefix = policy.prefix([encoded[ids[group]][0]], grid)
@@ -442,9 +442,7 @@ def main(argv=None):
                 backward_prefix(prefix, leaves)
                 del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
             if update == 0:  # nothing is trained on a step that cannot be trusted
-                waited = time.perf_counter()
-                await_scores(futures, arrived, len(images))
-                waited_seconds += time.perf_counter() - waited
+                waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
                 trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
                 if trouble:
@@ -463,7 +461,8 @@ def main(argv=None):
         # one line a step
         work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
-        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds, "train": train_seconds}
+        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
+                   "train": train_seconds}
         parts = all_gather_list([{"scores": scores, "advantage": advantage, "ratio_dev": ratio_dev, "clip_frac": clip_frac,
                                   "kl": kl, "work": work, "reasons": reasons}])
         log.append({"step": step, **step_record(parts, rewards), "grad_norm": grad_norm, "seconds": seconds,
@@ -471,7 +470,7 @@ def main(argv=None):
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world)})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
-            curves = {r.name: [(line["step"], line["reward"][r.name]) for line in log if r.name in line["reward"]] for r in rewards}
+            curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
         if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):

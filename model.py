@@ -592,13 +592,10 @@ class TextEncoder:
         One at a time, so that an embedding never depends on what else was in a batch.
         """
         inputs = self.processor([prompt_text(prompt, len(images))], [on_white(image) for image in images]).to(self.device)
-        states = []
-        norm = self.vlm.model.language_model.norm
+        states, norm = [], self.vlm.model.language_model.norm
         hook = norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-        try:
-            self.vlm.model(**inputs, use_cache=False)
-        finally:
-            hook.remove()
+        self.vlm.model(**inputs, use_cache=False)
+        hook.remove()
         ids = inputs["input_ids"][0].tolist()
         start = self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
         user = [i for i, token in enumerate(ids) if token == start][1]  # the system turn is dropped
@@ -643,6 +640,11 @@ def encode_prompts(root, vae, requests, area, device):
     return encoded
 
 
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def free_memory(device):
     """Give back what nothing refers to any more; transformers models are reference cycles, which only gc frees."""
     gc.collect()
@@ -685,7 +687,7 @@ def read_config(path, kind=None):
     try:
         config = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; the directory is not a complete checkpoint") from None
+        raise FileNotFoundError(f"{path} is missing") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
@@ -762,7 +764,6 @@ def materialise(module, root, device):
 
 
 def load_vae(root, device, dtype):
-    """The frozen VAE."""
     with torch.device("meta"):
         vae = VAE(read_config(root / "vae" / "config.json", "AutoencoderKLQwenImage21")).to(dtype)
     return load_weights(vae.to_empty(device=device), root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
@@ -859,8 +860,7 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     unsupported = [flag for flag in flags if scheduler.get(flag)]
     if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
-    t = np.linspace(1, 1 / steps, steps) if sample_sigmas is None else np.array(sample_sigmas)
-    t = t.astype(np.float32)
+    t = np.asarray(np.linspace(1, 1 / steps, steps) if sample_sigmas is None else sample_sigmas, np.float32)
     if len(t) < 2:
         raise ValueError("the sampler needs at least 2 steps")
     if scheduler.get("use_dynamic_shifting"):
@@ -953,8 +953,7 @@ class Sampler:
     KEEP = 2  # most recently used shapes; each holds its prompts' keys and values
 
     def __init__(self, model, graphs):
-        self.model, self.graphs = model, graphs
-        self.entries, self.pool = OrderedDict(), None
+        self.model, self.graphs, self.entries, self.pool = model, graphs, OrderedDict(), None
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
@@ -1045,11 +1044,6 @@ def matmul_peak(device, size=None):
     return 2 * size**3 / min(timer.timeit(1).mean for _ in range(10))
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def tensors(prefix):
     return [] if prefix is None else [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
 
@@ -1074,27 +1068,21 @@ def backward_prefix(prefix, leaves):
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
 
 RUBRICS = {  # Sec. 3.2, 3.3
-    "alignment": (
-        "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in this order: "
-        "objects and their number, then attributes (colour, size, shape, material), then spatial relations, then "
-        "actions and poses. If an object is missing, wrong or miscounted, the score is at most 2.\nPrompt: {prompt}"),
-    "aesthetic": (
-        "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful texture, a "
-        "coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. Do not judge what it "
-        "shows."),
-    "portrait": (
-        "Rate the portrait from 1 to 5: an attractive face in right proportions with its own details, realistic skin and "
-        "hair, sound anatomy. Wrong numbers of fingers, distorted features or an unnatural body lower the score."),
-    "instruction": (
-        "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the instruction: split "
-        "it into core and auxiliary requirements; is the core met, are the auxiliary ones, is the whole coherent? If the "
-        "core is not met, the score is at most 2.\nInstruction: {prompt}"),
-    "consistency": (
-        "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the instruction does "
-        "not touch is preserved: objects, people, background, layout, light and style.\nInstruction: {prompt}"),
+    "alignment": "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in this "
+        "order: objects and their number, then attributes (colour, size, shape, material), then spatial relations, then "
+        "actions and poses. If an object is missing, wrong or miscounted, the score is at most 2.\nPrompt: {prompt}",
+    "aesthetic": "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful texture, "
+        "a coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. Do not judge what it shows.",
+    "portrait": "Rate the portrait from 1 to 5: an attractive face in right proportions with its own details, realistic skin "
+        "and hair, sound anatomy. Wrong numbers of fingers, distorted features or an unnatural body lower the score.",
+    "instruction": "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the "
+        "instruction: split it into core and auxiliary requirements; is the core met, are the auxiliary ones, is the whole "
+        "coherent? If the core is not met, the score is at most 2.\nInstruction: {prompt}",
+    "consistency": "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the "
+        "instruction does not touch is preserved: objects, people, background, layout, light, style.\nInstruction: {prompt}",
 }
-ANSWER = "\nAnswer with <score>N</score>, N from 1 to 5."
-REASONED_ANSWER = "\nFirst describe the image and judge it, then answer with <score>N</score>, N from 1 to 5."
+ANSWERS = ("\nAnswer with <score>N</score>, N from 1 to 5.",  # without and with reasoning
+           "\nFirst describe the image and judge it, then answer with <score>N</score>, N from 1 to 5.")
 SCORES = ("1", "2", "3", "4", "5")
 FAILED, UNDEFINED = math.nan, math.inf  # in score tensors
 VLM_LOCK = threading.Lock()  # local VLMs score one batch at a time
@@ -1122,10 +1110,11 @@ class Reward:
             scores = self.score(images, [r.prompt for r in requests], [r.images() for r in requests])
             if len(scores) != len(images):
                 raise ValueError(f"{len(scores)} scores for {len(images)} images")
+            scores = [score if score is None or isinstance(score, Exception) else float(score) for score in scores]
         except Exception as error:  # a reward is anyone's code or service: its failure is counted, not fatal
             scores = [error] * len(images)
-        failed = [isinstance(score, Exception) or (score is not None and not math.isfinite(score)) for score in scores]
-        return [(FAILED, f"{self.name}: {score!r}") if bad else (UNDEFINED if score is None else float(score), "")
+        failed = [score is not None and (isinstance(score, Exception) or not math.isfinite(score)) for score in scores]
+        return [(FAILED, f"{self.name}: {score!r}") if bad else (UNDEFINED if score is None else score, "")
                 for score, bad in zip(scores, failed)]
 
 
@@ -1151,7 +1140,7 @@ def score_tokens(tokenizer):
 
 
 def question(rubric, prompt, reasoning):
-    return rubric.replace("{prompt}", prompt) + (REASONED_ANSWER if reasoning else ANSWER)
+    return rubric.replace("{prompt}", prompt) + ANSWERS[bool(reasoning)]
 
 
 def score_text(tokenizer, rubric, prompt, images, reasoning):
@@ -1191,7 +1180,8 @@ class VLMScorer:
                      for i, p in zip(rows, pictures)]
             flat = [on_white(image) for p in pictures for image in p]
             thoughts = self.reason(texts, flat) if self.reasoning else [""] * len(texts)
-            inputs = self.processor([f"{text}{thought or ''}<score>" for text, thought in zip(texts, thoughts)], flat).to(self.vlm.device)
+            texts = [f"{text}{thought or ''}<score>" for text, thought in zip(texts, thoughts)]
+            inputs = self.processor(texts, flat).to(self.vlm.device)
             scores, masses = expected_score(self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1], self.tokens)
             for score, mass, thought in zip(scores.tolist(), masses.tolist(), thoughts):
                 cut = ValueError(f"no <score> within {self.reasoning} tokens of reasoning") if thought is None else None
@@ -1273,10 +1263,8 @@ def score_probabilities(answer):
 
 class FaceIdentity:
     """Whether an edit keeps who is in the picture (Sec. 3.3): for each source face the best cosine among the output's faces,
-    averaged, at least 0. Undefined (None) where the sources show no face, 0 where only the output shows none.
-
-    embed(image) -> (faces, d) array-like.
-    """
+    averaged, at least 0. None (undefined) where the sources show no face, 0 where only the output shows none.
+    embed(image) -> one vector per face."""
 
     def __init__(self, embed):
         self.embed = embed
@@ -1285,11 +1273,11 @@ class FaceIdentity:
         return [self.similarity(image, before) for image, before in zip(images, sources)]
 
     def similarity(self, image, sources):
-        old, new = [face for source in sources for face in self.unit(source)], self.unit(image)
-        return float(np.mean([max([0.0, *(face @ other for other in new)]) for face in old])) if old else None
-
-    def unit(self, image):
-        return [face / max(np.linalg.norm(face), 1e-12) for face in np.asarray(self.embed(image), np.float64)]
+        old, new = [face for source in sources for face in self.embed(source)], [*self.embed(image)]
+        if not old or not new:
+            return 0.0 if old else None
+        old, new = (torch.as_tensor(np.array(faces), dtype=torch.float64) for faces in (old, new))           # (faces, d)
+        return F.cosine_similarity(old[:, None], new, dim=-1).amax(1).clamp(min=0).mean().item()
 
 
 def insightface_embed():
@@ -1361,8 +1349,7 @@ def open_source(name, entry, folder, root, dtype, vlms):
 
 def move_judges(rewards, device):
     """Local VLM judges onto the GPU for scoring; with the CPU as device, back to the host copies they came from."""
-    vlms = {id(reward.score.vlm): reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}
-    for vlm in vlms.values():
+    for vlm in {reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}:
         for x in (*vlm.parameters(), *vlm.buffers()):
             if device.type == "cuda":
                 x.host, x.data = x.data, x.data.to(device)
@@ -1463,11 +1450,10 @@ def all_gather_list(values):
 # ---- 7. pictures ---------------------------------------------------------------------------------------------
 
 
-def image_grid_png(path, rows, labels, width=None):
+def image_grid_png(path, rows, labels):
     """Save rows of PIL images with a label under each: labels has the rows' shape."""
-    cell = width or max(96, rows[0][0].width)
+    cell, font, text = max(96, rows[0][0].width), ImageFont.load_default(10), 28
     height = cell * rows[0][0].height // rows[0][0].width
-    font, text = ImageFont.load_default(10), 28
     sheet = Image.new("RGB", (len(rows[0]) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (images, captions) in enumerate(zip(rows, labels)):
@@ -1489,8 +1475,7 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
     pad = 0.05 * (high - low)
-    low, high = low - pad, high + pad
-    box = (64, 36, size[0] - 20, size[1] - 48)
+    low, high, box = low - pad, high + pad, (64, 36, size[0] - 20, size[1] - 48)
     place = lambda x, y: (box[0] + (x - left) / (right - left) * (box[2] - box[0]),  # noqa: E731
                           box[3] - (y - low) / (high - low) * (box[3] - box[1]))
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)

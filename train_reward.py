@@ -28,13 +28,14 @@ import argparse
 import gc
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from model import (
     FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, download, expected_score, find_rubric,
-    full_weights, line_chart, load_checkpoint, load_vlm, on_white, remove, save_checkpoint, score_text, score_tokens, setup,
+    full_weights, line_chart, load_checkpoint, load_vlm, on_white, read_config, remove, save_checkpoint, score_text, score_tokens, setup,
     shard_blocks, write_text)
 import numpy as np
 import torch
@@ -183,6 +184,18 @@ def collate(processor, rubrics, examples, device):
     return inputs.to(device), labels.to(device), place, torch.tensor([example.score for example in examples], device=device)
 
 
+def copy_processor(folder, out, size):
+    """Everything of a VLM directory that is neither weights nor their config, so that servers find what they know; a `size` of
+    pictures that differs from the directory's is written down."""
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt") and not path.name.endswith(("index.json", "reward.json")):
+            if path.name not in ("config.json", "generation_config.json"):
+                shutil.copy(path, out)
+    if size:
+        config = read_config(out / "preprocessor_config.json")
+        write_text(out / "preprocessor_config.json", json.dumps(config | {"size": size}, indent=2))
+
+
 # ---- 3. loss -------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +278,8 @@ def main():
     torch.manual_seed(args.seed)
     base = download(args.base)
     beside = base.parent / "processor"
-    processor = Processor(args.processor or (beside if beside.is_dir() else base))
+    folder = Path(args.processor) if args.processor else beside if beside.is_dir() else base
+    processor = Processor(folder)
     if args.pixels:
         processor.image_processor.size = {"shortest_edge": args.pixels, "longest_edge": max(args.pixels, 16777216)}
     tokens = score_tokens(processor.tokenizer)
@@ -330,8 +344,7 @@ def main():
         plain = load_vlm(base, "cpu", torch.bfloat16)
         plain.load_state_dict(weights)
         plain.save_pretrained(out)
-        processor.tokenizer.save_pretrained(out)
-        processor.image_processor.save_pretrained(out)
+        copy_processor(folder, out, args.pixels and dict(processor.image_processor.size))
         write_text(out / "reward.json", json.dumps(card, indent=2))
         remove(out / "checkpoint")
     dist.barrier()

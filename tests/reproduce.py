@@ -1,41 +1,101 @@
-"""Make the README's numbers and pictures: the first command in three seeds, judged by the oracle as well.
+"""Make the README's numbers and pictures; every part prints its table and writes its pictures into assets/.
 
-    python tests/reproduce.py            # about 15 minutes on two cores; writes assets/ and prints the table
+    python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
+    python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 35 minutes
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
-ORACLES = [f"oracle-{name}={ROOT / 'tests/tiny/world.py'}:{name}_reward" for name in ("aesthetic", "strict", "alignment")]
+ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
+ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward" for name in ("aesthetic", "strict", "alignment")]
+SEEDS = 3
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    assets, lines = ROOT / "assets", []
-    assets.mkdir(exist_ok=True)
-    for seed in range(args.seeds):
-        name = f"reproduce-grpo-{seed}"
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-        start = time.time()
-        subprocess.run([sys.executable, "grpo.py", "--reward", "aesthetic", "--judge", *ORACLES, "--seed", str(seed), "--name", name],
-                       cwd=ROOT, check=True)
-        seconds = time.time() - start
-        rewards = json.loads((ROOT / "runs" / name / "eval.json").read_text())["rewards"]
-        for reward, row in rewards.items():
-            low, high = row["interval"]
-            lines.append(f"| {seed} | {reward} | {row['base']:.3f} | {row['trained']:.3f} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {seconds:.0f} s |")
+def start(*arguments, threads=None):
+    """A script of this repository as a process."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment)
+
+
+def grpo(name, reward, seed, threads=None):
+    """The first command with the oracle as judge, as a process; an old run of that name is removed."""
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name, threads=threads)
+
+
+def finish(process):
+    if process.wait():
+        raise SystemExit(f"{' '.join(process.args)} failed")
+
+
+def evaluation(name):
+    return json.loads((ROOT / "runs" / name / "eval.json").read_text())["rewards"]
+
+
+def cells(row):
+    low, high = row["interval"]
+    return f"{row['base']:.3f} | {row['trained']:.3f} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def first():
+    lines = ["| seed | reward | base | trained | difference [95% interval] | time |", "|---|---|---|---|---|---|"]
+    for seed in range(SEEDS):
+        name, began = f"reproduce-grpo-{seed}", time.time()
+        finish(grpo(name, "aesthetic", seed))
+        seconds = time.time() - began
+        lines += [f"| {seed} | {reward} | {cells(row)} | {seconds:.0f} s |" for reward, row in evaluation(name).items()]
     for picture in ("samples/before_after.png", "curve.png"):
-        shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / picture, assets / f"grpo_{Path(picture).name}")
-    print("| seed | reward | base | trained | difference [95% interval] | time |\n|---|---|---|---|---|---|\n" + "\n".join(lines))
+        shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / picture, ASSETS / f"grpo_{Path(picture).name}")
+    return lines
 
+
+def paradigms():
+    """The aesthetic scorer of the tiny world, and its twin trained for as many steps on as many pictures as preferences."""
+    if not (BUILD / "aesthetic-pairs.jsonl").exists():
+        raise SystemExit(f"no {BUILD}/aesthetic-pairs.jsonl; make it with: python tests/tiny/make.py --only scores")
+    scorers = {"pointwise": TINY / "model" / "rewards" / "aesthetic", "pairwise": BUILD / "rewards" / "pairwise"}
+    finish(start("train_reward.py", "--reward", "aesthetic", "--objective", "pairwise", "--data", str(BUILD / "aesthetic-pairs.jsonl"),
+                 "--eval-data", *(str(BUILD / f"aesthetic-{part}.jsonl") for part in ("drawn", "samples")), "--out",
+                 str(scorers["pairwise"]), "--batch", "16", "--steps", "1500", "--pixels", str(192 * 192)))
+    lines = ["| scorer | drawings SRCC | PLCC | pairs | base samples SRCC | pairs | within groups |", "|---|---|---|---|---|---|---|"]
+    for name, directory in scorers.items():
+        drawn, samples = json.loads((directory / "reward.json").read_text())["held_out"].values()
+        lines.append(f"| {name} | {drawn['srcc']:.3f} | {drawn['plcc']:.3f} | {drawn['pair_accuracy']:.3f} | {samples['srcc']:.3f} | "
+                     f"{samples['pair_accuracy']:.3f} | {samples['group_srcc']:.3f} |")
+    lines += ["", "| trained on | seed | judge | base | trained | difference [95% interval] |", "|---|---|---|---|---|---|"]
+    for seed in range(SEEDS):
+        for process in [grpo(f"reproduce-{name}-{seed}", f"{name}={path}", seed, threads=1) for name, path in scorers.items()]:
+            finish(process)
+        lines += [f"| {name} | {seed} | {judge} | {cells(row)} |" for name in scorers
+                  for judge, row in evaluation(f"reproduce-{name}-{seed}").items()]
+    grids = [ROOT / "runs" / f"reproduce-{name}-0" / "samples" / "before_after.png" for name in scorers]
+    stack([Image.open(grid) for grid in grids], ASSETS / "paradigms.png")
+    return lines
+
+
+def stack(pictures, path):
+    """Figures under each other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    sheet.save(path)
+
+
+PARTS = {"first": first, "paradigms": paradigms}
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="+", choices=PARTS)
+    ASSETS.mkdir(exist_ok=True)
+    for part in parser.parse_args().part:
+        print("\n".join(PARTS[part]()))

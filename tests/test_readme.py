@@ -17,7 +17,7 @@ SMALL = {
     "train_reward.py": ["--steps", "2", "--batch", "4"],
 }
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
-LONG = ("tests/tiny/make.py", "tests/reproduce.py", "-m pytest")  # hours, minutes, this very run
+LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest")  # hours, minutes, this very run
 
 
 def small(command):
@@ -43,7 +43,7 @@ RUN = [command for command in COMMANDS if small(command)]
 
 @pytest.mark.parametrize("command", RUN)
 def test_documented_command_runs(command, tmp_path):
-    words = [str(ROOT / word) if (ROOT / word).exists() and "/" not in word[:1] and word.endswith((".py", ".jsonl")) else word
+    words = [str(ROOT / word) if (ROOT / word).exists() and "/" not in word[:1] and word.endswith((".py", ".json", ".jsonl")) else word
              for word in small(command)]
     words = [re.sub(r"=(tests/[\w/]+\.py:)", rf"={ROOT}/\1", word) for word in words]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -132,7 +132,7 @@ def make_tokenizer():
 
     rng = np.random.default_rng(SEED)
     texts = world.all_captions() + [world.sample_edit(rng)[1] for _ in range(2000)]
-    texts += [model.prompt_text("", 3), "Describe the image."] * 50 + [r + model.ANSWER for r in model.RUBRICS.values()] * 50
+    texts += [model.prompt_text("", 3), "Describe the image."] * 50 + [r + model.ANSWERS[0] for r in model.RUBRICS.values()] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,0 +1,451 @@
+"""Rewards: remote endpoints and their faults, face identity, reward files, what fails, Eq. 13 and the scripts' waiting for scores."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import make
+import model
+import world
+from grpo import await_scores, group_advantage
+from judge_server import HANG_UP, Judge, choice, serve
+from test_grpo import checkpoint, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = ROOT / "tests/tiny/world.py"
+
+
+def grey(level, mode="RGB"):
+    return Image.new(mode, (32, 32), (level,) * 3 + (255,) * (len(mode) - 3))
+
+
+def score_of(picture):
+    """What `answered` means by its answer: 1 for a black picture, 5 for a white one."""
+    return 1 + 4 * np.asarray(picture.convert("RGB"), np.float64).mean() / 255
+
+
+def answered(picture, finish="stop", mass=0.9, digit="3", tail="</score>"):
+    """A choice whose probabilities at the digit, on 1 and 5, say `score_of`."""
+    high = (score_of(picture) - 1) / 4
+    tops = {"1": mass * (1 - high), " 5": mass * high, digit: 0.0, " the": 1 - mass}
+    tops = {token: math.log(max(p, 1e-12)) for token, p in tops.items()}
+    return choice([("<", {"<": 0.0}), ("score", {"score": 0.0}), (">", {">": 0.0}), (digit, tops), (tail, {tail: 0.0})], finish)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """One retry, at once."""
+    monkeypatch.setattr(model.RemoteScorer, "RETRIES", 1)
+    monkeypatch.setattr(model, "time", type("", (), {"sleep": lambda seconds: None}))
+
+
+# Remote endpoints
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "alignment"])
+def test_remote_scores_equal_local_ones(name):
+    """The same VLM, once here and once behind HTTP, which writes its whole answer; the alignment scorer thinks first."""
+    (local,) = model.load_rewards([name], make.OUT, torch.float32, {})
+    assert bool(local.score.reasoning) == (name == "alignment")
+    rng = np.random.default_rng(3)
+    scenes = [world.sample_scene(rng) for _ in range(6)]
+    images = [world.degrade(world.draw(scene), rng)[0] for scene in scenes]
+    requests = [model.Request(world.caption(scene)) for scene in scenes]
+    with serve(Judge(make.OUT / "rewards" / name)) as server:
+        remote = model.Reward(name, 1.0, server.url, model.RemoteScorer(server.url, local.score.rubric, local.score.reasoning))
+        expected, found = local(images, requests), remote(images, requests)
+    assert [why for _, why in expected + found] == [""] * 12
+    torch.testing.assert_close(torch.tensor([s for s, _ in found]), torch.tensor([s for s, _ in expected]), rtol=0, atol=1e-4)
+    assert np.std([score for score, _ in expected]) > 0.05 and remote.score.mass > 0.9
+
+
+def test_a_request_shows_sources_first_and_asks_as_the_local_scorer_does(tmp_path):
+    for i, level in enumerate((10, 20)):
+        grey(level, "RGBA").save(tmp_path / f"{i}.png")
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    request = model.Request("make it {new}", sources=(str(tmp_path / "0.png"), str(tmp_path / "1.png")))
+    with serve(lambda number, text, pictures, body: answered(pictures[-1])) as server:
+        (reward,) = model.load_rewards([f"consistency={server.url}/"], make.OUT, torch.float32, {})
+        assert [round(score, 3) for score, _ in reward([grey(51), clear], [request, request])] == [1.8, 5]
+        model.RemoteScorer(server.url, "Nice?", reasoning=50)([grey(0)], ["x"], [[]])
+    shown = {text: [] for text, _ in server.asked}
+    for text, pictures in server.asked:
+        shown[text].append([picture.getpixel((0, 0))[0] for picture in pictures])
+    asked, thinking = shown
+    assert sorted(shown[asked]) == [[10, 20, 51], [10, 20, 255]] and shown[thinking] == [[0]]
+    assert asked == model.RUBRICS["consistency"].replace("{prompt}", "make it {new}") + model.ANSWER
+    assert thinking == "Nice?" + model.REASONED_ANSWER
+
+
+def spoil(fault, answer):
+    """The server's reply where it has a fault."""
+    if fault == "out of time":
+        time.sleep(1)
+    if fault == "cut off":
+        return choice([("I", {"I": 0.0}), (" see", {" see": 0.0}), (" 4", {" 4": 0.0})], "length")
+    return {
+        "HTTP 500": (500, b"{}"), "HTTP 429": (429, b"{}"), "HTTP 400": (400, b"{}"), "dropped": HANG_UP,
+        "not JSON": (200, b"<html>"), "no choices": (200, b"{}"), "no log-probs": answer | {"logprobs": None},
+        "score 7": answered(grey(0), digit="7"), "no mass": answered(grey(0), mass=0.3)}.get(fault, answer)
+
+
+@pytest.mark.parametrize("fault, tries, reason", [
+    ("out of time", 2, "TimeoutError"), ("HTTP 500", 2, "HTTPError 500"), ("HTTP 429", 2, "HTTPError 429"),
+    ("HTTP 400", 1, "HTTPError 400"), ("dropped", 2, "RemoteDisconnected"), ("not JSON", 2, "JSONDecodeError"),
+    ("no choices", 1, "KeyError"), ("no log-probs", 1, "TypeError"), ("score 7", 1, "no <score>1-5</score>"),
+    ("cut off", 1, "finish_reason length"), ("no mass", 1, "only 0.3 of the probability")])
+def test_a_faulty_answer_is_a_reason_and_leaves_the_others_alone(monkeypatch, patient, fault, tries, reason):
+    monkeypatch.setattr(model.RemoteScorer, "TIMEOUT", 0.5 if fault == "out of time" else 10)
+    images, faulty = [grey(level) for level in range(0, 250, 30)], {30, 120, 210}
+
+    def answer(number, text, pictures, body):
+        answer = answered(pictures[0])
+        return spoil(fault, answer) if pictures[0].getpixel((0, 0))[0] in faulty else answer
+
+    with serve(answer) as server:
+        reward = model.Reward("grey", 1.0, server.url, model.RemoteScorer(server.url, "Nice?"))
+        found = reward(images, [model.Request("x")] * len(images))
+    for image, (score, why) in zip(images, found):
+        if image.getpixel((0, 0))[0] in faulty:
+            assert math.isnan(score) and why.startswith("grey: ") and reason in why
+        else:
+            assert score == pytest.approx(score_of(image), abs=1e-4) and why == ""
+    assert len(server.asked) == len(images) + len(faulty) * (tries - 1)
+
+
+@pytest.mark.parametrize("fault", ["HTTP 500", "dropped", "not JSON", "slow"])
+def test_what_is_over_at_the_second_try_or_only_slow_does_no_harm(monkeypatch, patient, fault):
+    monkeypatch.setattr(model.RemoteScorer, "TIMEOUT", 10)
+
+    def answer(number, text, pictures, body):
+        if fault == "slow" and number == 0:
+            time.sleep(0.3)
+        return spoil(fault, answered(pictures[0])) if number < 2 else answered(pictures[0])
+
+    images = [grey(level) for level in (0, 100, 200)]
+    with serve(answer) as server:
+        scores = model.RemoteScorer(server.url, "Nice?")(images, ["x"] * 3, [[]] * 3)
+    assert scores == pytest.approx([score_of(image) for image in images], abs=1e-4)
+    assert len(server.asked) == (3 if fault == "slow" else 5)
+
+
+def test_the_last_score_of_an_answer_counts():
+    """Also where reasoning speaks of scores, and where tokens carry spaces."""
+    one, two = {"2": math.log(0.9), " 2": math.log(0.05), "3": math.log(0.04)}, {"4": math.log(0.5), "5": math.log(0.5)}
+    words = [("<score>", {"<score>": 0.0}), ("2", one), ("</", {"</": 0.0}), ("score>", {"score>": 0.0}), (" not", {" not": 0.0})]
+    read = lambda tokens: model.score_probabilities(choice(tokens)["logprobs"]["content"])  # noqa: E731
+    assert read(words) == pytest.approx([0, 0.95, 0.04, 0, 0])
+    assert read([*words, ("<score>\n", {"<score>\n": 0.0}), ("4", two), ("</score>", {"</score>": 0.0}), ("1", {"1": 0.0})]) \
+        == pytest.approx([0, 0, 0, 0.5, 0.5])
+    assert read([]) is None and read([("4", two)]) is None
+
+
+@pytest.mark.parametrize("models", [None, (200, b"<html>"), (200, b'{"data": []}'), (404, b"{}")])
+def test_a_server_that_is_not_there_or_not_of_the_kind_is_an_error_at_once(patient, models):
+    with serve(None, models) as server:
+        if models is None:
+            server.socket.close()
+        with pytest.raises(ConnectionError, match=f"{server.url}/models does not answer"):
+            model.load_rewards([f"aesthetic={server.url}"], make.OUT, torch.float32, {})
+
+
+# grpo.py with a remote reward
+
+
+def run_grpo(folder, url, *arguments):
+    """grpo.py with two remote rewards, four images of two prompts a step; its log, or its error."""
+    return run_script(folder, "--reward", f"aesthetic={url}", f"alignment={url}", "--group-size", "4", "--prompts-per-step", "2",
+                      "--updates-per-rollout", "1", "--rollout-batch", "4", "--eval-images", "0", "--sample-every", "0", "--kl-coef",
+                      "0", "--name", "run", *arguments)
+
+
+def test_a_run_goes_on_when_few_scores_fail_and_its_rewards_do_not_wait_for_each_other(tmp_path):
+    """A tenth of the requests is refused. No aesthetic request is answered before all alignment requests of its step came."""
+    came, scores, held_up = threading.Condition(), {"aesthetic": [], "alignment": []}, []
+
+    def answer(number, text, pictures, body):
+        name = "aesthetic" if "visual quality" in text else "alignment"
+        with came:
+            scores[name].append(score_of(pictures[0]) if number % 10 != 3 else math.nan)
+            came.notify_all()
+            wanted = 8 * math.ceil(len(scores[name]) / 8)
+            if name == "aesthetic" and not came.wait_for(lambda: len(scores["alignment"]) >= wanted, 30):
+                held_up.append(number)
+        return answered(pictures[0]) if number % 10 != 3 else (400, b"{}")
+
+    with serve(answer) as server:
+        log = run_grpo(tmp_path, server.url, "--steps", "2", "--save-every", "0", "--max-reward-failures", "0.5")
+    assert not held_up and len(server.asked) == 32
+    assert [line["failed"] for line in log] == [sum(line["reasons"].values()) for line in log] == [2, 1]
+    assert all("<HTTPError 400" in why and why.split(":")[0] in scores for line in log for why in line["reasons"])
+    for step, name in product((0, 1), scores):
+        assert log[step]["reward"][name] == pytest.approx(np.nanmean(scores[name][8 * step:8 * step + 8]), abs=1e-3)
+    assert all(line["ratio_dev"] == [0.0] and line["grad_norm"][0] > 0 for line in log)
+
+
+def test_a_run_stops_before_its_first_update_when_scores_fail_and_resumes_when_they_do_not(tmp_path):
+    healthy = []
+    with serve(lambda number, text, pictures, body: answered(pictures[0]) if healthy else (400, b"{}")) as server:
+        with pytest.raises(AssertionError) as stopped:
+            run_grpo(tmp_path, server.url, "--steps", "1", "--save-every", "0")
+        for words in ("step 0: 16 of 16 scores failed, --max-reward-failures is 0.05", "8 x alignment: <HTTPError 400"):
+            assert words in str(stopped.value)
+        run = tmp_path / "runs" / "run"
+        assert not (run / "log.jsonl").exists() and not (run / "model").exists()
+        assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-000000"]
+        healthy.append(True)
+        (line,) = run_grpo(tmp_path, server.url, "--steps", "1", "--save-every", "1", "--resume")
+    assert line["failed"] == 0 and line["reasons"] == {} and line["ratio_dev"] == [0.0]
+    assert {state["step"].item() for state in checkpoint(tmp_path)["optimizer"]["state"].values()} == {1}
+
+
+# Waiting for scores
+
+
+def test_scores_are_taken_in_the_order_of_the_rollout_whatever_the_order_they_come_in():
+    """Three batches of two images by two rewards."""
+    futures = [[Future(), Future()] for _ in range(3)]
+    rows = [[[(10 * batch + image + 0.5 * k, "") for image in range(2)] for k in range(2)] for batch in range(3)]
+    everything = [pair for batch in rows for pair in zip(*batch)]
+    pending, arrived = list(futures), []
+    for batch, k in [(0, 1), (2, 0), (0, 0)]:
+        futures[batch][k].set_result(rows[batch][k])
+    await_scores(pending, arrived, 1)
+    assert arrived == everything[:2]  # does not wait for more than it needs
+    threading.Timer(0.1, lambda: [futures[batch][k].set_result(rows[batch][k]) for batch, k in [(2, 1), (1, 1), (1, 0)]]).start()
+    await_scores(pending, arrived, 3)
+    assert arrived == everything[:4]
+    await_scores(pending, arrived, 6)
+    assert arrived == everything and pending == []
+
+
+def test_a_slow_reward_does_not_hold_up_another():
+    go, order = threading.Event(), []
+
+    def slow(images, prompts, sources):
+        assert go.wait(10)
+        order.append("slow")
+        return [1.0] * len(images)
+
+    def fast(images, prompts, sources):
+        order.append("fast")
+        return [2.0] * len(images)
+
+    rewards = [model.Reward(score.__name__, 0.5, "", score) for score in (slow, fast)]
+    pools, arrived = [ThreadPoolExecutor(1) for _ in rewards], []  # as in grpo.py
+    futures = [[pool.submit(reward, [grey(0)] * 2, [model.Request("x")] * 2) for pool, reward in zip(pools, rewards)] for _ in range(3)]
+    assert futures[2][1].result(timeout=10) == [(2.0, "")] * 2 and not futures[0][0].done()
+    go.set()
+    await_scores(futures, arrived, 6)
+    assert arrived == [((1.0, ""), (2.0, ""))] * 6 and order == ["fast"] * 3 + ["slow"] * 3
+
+
+# What a reward function may return
+
+
+@pytest.mark.parametrize("score, expected", [
+    (lambda *_: [1, np.float32(2.5), torch.tensor(3.0)], [(1.0, ""), (2.5, ""), (3.0, "")]),
+    (lambda *_: np.array([1.0, 2.0, 3.0]), [(1.0, ""), (2.0, ""), (3.0, "")]),
+    (lambda *_: (1.0, None, math.nan), [(1.0, ""), (math.inf, ""), (math.nan, "mine: nan")]),
+    (lambda *_: [math.inf, -math.inf, 0.0], [(math.nan, "mine: inf"), (math.nan, "mine: -inf"), (0.0, "")]),
+    (lambda *_: [ValueError("no"), 2.0, TimeoutError()],
+     [(math.nan, "mine: ValueError('no')"), (2.0, ""), (math.nan, "mine: TimeoutError()")]),
+    (lambda *_: [1.0, 2.0], [(math.nan, "mine: ValueError('2 scores for 3 images')")] * 3),
+    (lambda *_: None, [(math.nan, "mine: TypeError(\"object of type 'NoneType' has no len()\")")] * 3),
+    (lambda *_: 1 / 0, [(math.nan, "mine: ZeroDivisionError('division by zero')")] * 3)])
+def test_every_outcome_of_a_reward_is_a_number_or_undefined_or_a_failure_with_its_reason(score, expected):
+    found = model.Reward("mine", 1.0, "", score)([grey(0)] * 3, [model.Request("x")] * 3)
+    assert [why for _, why in found] == [why for _, why in expected] and all(type(value) is float for value, _ in found)
+    np.testing.assert_array_equal([value for value, _ in found], [value for value, _ in expected])
+
+
+@pytest.mark.parametrize("odd", ["4", [4.0], {}, 1e300, object()])
+def test_one_odd_value_fails_alone(odd):
+    found = model.Reward("mine", 1.0, "", lambda *_: [1.0, odd, 2.0])([grey(0)] * 3, [model.Request("x")] * 3)
+    assert found[0] == (1.0, "") and found[2] == (2.0, "") and math.isnan(found[1][0]) and found[1][1].startswith("mine: ")
+
+
+def test_a_missing_source_is_a_failure(tmp_path):
+    reward = model.Reward("mine", 1.0, "", lambda images, prompts, sources: [1.0])
+    ((score, why),) = reward([grey(0)], [model.Request("x", sources=(str(tmp_path / "gone.png"),))])
+    assert math.isnan(score) and why.startswith("mine: FileNotFoundError")
+
+
+# Eq. 13
+
+
+def eq13(scores, weights):
+    """group_advantage, by hand."""
+    K, P, G = scores.shape
+    advantage = np.zeros((P, G))
+    for p in range(P):
+        defined = [k for k in range(K) if not any(s == math.inf for s in scores[k, p])]
+        total = sum(weights[k, p] for k in defined)
+        for k in defined:
+            good = [s for s in scores[k, p] if not math.isnan(s)]
+            if not good or total == 0 or max(good) - min(good) <= 1e-4 * max(map(abs, good)):
+                continue
+            mean = math.fsum(good) / len(good)
+            std = math.sqrt(math.fsum((s - mean) ** 2 for s in good) / len(good))
+            for g in range(G):
+                if not math.isnan(scores[k, p, g]):
+                    advantage[p, g] += weights[k, p] / total * (scores[k, p, g] - mean) / std
+    return torch.from_numpy(advantage).float()
+
+
+def some_scores(seed, K=4, P=12, G=8):
+    """Scores with failed and undefined ones and constant groups, and weights that differ per prompt."""
+    rng = np.random.default_rng(seed)
+    scores = rng.choice(np.linspace(1, 5, 1000), (K, P, G))
+    scores[rng.random((K, P)) < 0.2] = 2.5
+    scores[rng.random((K, P, G)) < 0.15] = math.nan
+    scores[rng.random((K, P)) < 0.1] = math.nan
+    scores[-1, rng.random(P) < 0.3] = math.inf
+    scores[:, 0], scores[:, 1], scores[:2, 2], scores[2:, 2] = math.nan, math.inf, math.nan, math.inf
+    scores[0, 3, 0], scores[-1, 3, 1:] = math.nan, math.inf  # failed where the others are undefined
+    return torch.from_numpy(scores).float(), torch.from_numpy(rng.dirichlet(np.ones(K), P).T).float()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_advantage_with_failed_and_undefined_scores_constant_groups_and_weights_per_prompt(seed):
+    scores, weights = some_scores(seed)
+    a = group_advantage(scores, weights)
+    torch.testing.assert_close(a, eq13(scores.double().numpy(), weights.double().numpy()), rtol=1e-5, atol=1e-5)
+    assert a.isfinite().all() and (a[:3] == 0).all() and a[4:].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scale_and_offset_of_a_reward_change_nothing(seed):
+    scores, weights = some_scores(seed)
+    a = group_advantage(scores, weights)
+    for k in range(len(scores)):
+        scaled, moved = scores.clone(), scores.clone()
+        scaled[k], moved[k] = 1000 * scores[k], scores[k] + 7
+        torch.testing.assert_close(group_advantage(scaled, weights), a, rtol=0, atol=1e-5)
+        torch.testing.assert_close(group_advantage(moved, weights), a, rtol=0, atol=1e-5)
+
+
+def test_an_undefined_reward_passes_its_weight_on_and_a_failed_one_does_not():
+    scores, weights = torch.rand(2, 1, 6) + 1, torch.tensor([[0.3], [0.7]])
+    alone = group_advantage(scores[:1], torch.ones(1, 1))
+    scores[1] = math.inf
+    torch.testing.assert_close(group_advantage(scores, weights), alone)
+    scores[1] = math.nan
+    torch.testing.assert_close(group_advantage(scores, weights), 0.3 * alone)
+    weights[0] = 0  # nothing is left
+    scores[1] = math.inf
+    assert (group_advantage(scores, weights) == 0).all()
+
+
+# Identity
+
+
+def face(eyes, mood="smiling", x=32, y=32, r=24, background="white"):
+    return world.draw(world.Scene("face", (world.Item("face", "yellow", x, y, r),), background, mood=mood, eyes=eyes))
+
+
+def test_identity_is_the_best_cosine_per_source_face():
+    """A picture is a list of embeddings here."""
+    similarity = model.FaceIdentity(lambda picture: picture).similarity
+    a, b, c = [3.0, 0.0, 0.0], [0.0, 0.5, 0.0], [1.0, 1.0, 0.0]
+    assert similarity([a], []) is None and similarity([a], [[], []]) is None
+    assert similarity([], [[a]]) == 0 and similarity([[-1.0, 0.0, 0.0]], [[a]]) == 0
+    assert similarity([a], [[a]]) == pytest.approx(1) and similarity([c], [[a]]) == pytest.approx(0.5**0.5)
+    assert similarity([[0.0, 0.0, 0.0]], [[a]]) == 0
+    assert similarity([a, [-9.0, 0.0, 0.0]], [[a], [b]]) == pytest.approx(0.5)  # one of two is gone: clamped before the mean
+    for old, new in product(permutations([a, b, c]), permutations([b, c])):
+        assert similarity(new, [old[:1], old[1:]]) == pytest.approx((0.5**0.5 + 1 + 1) / 3)
+
+
+def test_identity_tells_faces_of_the_tiny_world_apart():
+    identity = model.FaceIdentity(world.embed_faces)
+    nobody = world.draw(world.Scene("single", (world.Item("circle", "red", 32, 32, 16),), "white"))
+    assert identity([face("red"), nobody], ["", ""], [[nobody], [face("red")]]) == [None, 0.0]
+    rng = random.Random(0)
+    for eyes, other in product(world.EYE_COLORS, repeat=2):
+        for mood, background in product(world.MOODS, world.BACKGROUNDS):
+            moved = face(other, mood, rng.uniform(28, 36), rng.uniform(28, 36), rng.uniform(21, 27), background).convert("RGBA")
+            (score,) = identity([moved], [""], [[face(eyes)]])
+            assert score > 0.9 if eyes == other else score < 0.5
+
+
+def test_identity_without_insightface_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    monkeypatch.setitem(sys.modules, "insightface.app", None)
+    with pytest.raises(ImportError, match="pip install insightface onnxruntime.*identity=file.py:embed"):
+        model.load_rewards(["identity"], make.OUT, torch.float32, {})
+    (reward,) = model.load_rewards([f"identity={WORLD}:embed_faces"], make.OUT, torch.float32, {})
+    assert isinstance(reward.score, model.FaceIdentity)
+
+
+# Reward files
+
+
+def load(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return model.load_rewards([str(path)], make.OUT, torch.float32, {})
+
+
+def test_a_reward_file_gives_weights_per_category_ranges_and_sources_beside_it(tmp_path):
+    (tmp_path / "mine.py").write_text("def one(images, prompts, sources):\n    return [1.0] * len(images)\n")
+    with serve(lambda number, text, pictures, body: answered(pictures[0]) if text.startswith("Grey x?") else (400, b"{}")) as server:
+        one, far, faces = load(tmp_path / "rewards.json", {
+            "rewards": {"one": {"weight": 0.5, "source": "mine.py:one", "range": [0, 1]},
+                        "far": {"weight": 0.5, "source": server.url, "rubric": "Grey {prompt}?", "reasoning": 9},
+                        "identity": {"weight": 0, "source": f"{WORLD}:embed_faces"}},
+            "categories": {"portrait": {"one": 0.1, "far": 0.2, "identity": 0.7}, "typography": {"far": 1}}})
+        assert far([grey(51)], [model.Request("x")])[0] == (pytest.approx(1.8), "") and server.asked[0][0].endswith(model.REASONED_ANSWER)
+    assert one([grey(0)] * 2, [model.Request("x")] * 2) == [(1.0, ""), (1.0, "")]
+    assert [reward.name for reward in (one, far, faces)] == ["one", "far", "identity"] and one.range == (0, 1) and far.range == (1, 5)
+    resolved = [[r.categories.get(category, r.weight) for r in (one, far, faces)] for category in ("general", "portrait", "typography")]
+    assert resolved == [[0.5, 0.5, 0], [0.1, 0.2, 0.7], [0, 1, 0]]
+
+
+SOURCE = {"source": f"{WORLD}:aesthetic_reward"}
+
+
+@pytest.mark.parametrize("table, message", [
+    ({"rewards": {"a": SOURCE | {"weight": 0.5}, "b": SOURCE | {"weight": 0.4}}}, "rewards.json: rewards: .* weights of a, b that sum to 1"),
+    ({"rewards": {"a": SOURCE | {"weight": 1.5}, "b": SOURCE | {"weight": -0.5}}}, "rewards: .* that sum to 1"),
+    ({"rewards": {"a": SOURCE | {"weight": 1}}, "categories": {"portrait": {"a": 0.5}}}, "rewards.json: portrait: .* that sum to 1"),
+    ({"rewards": {"a": SOURCE | {"weight": 1}}, "categories": {"portrait": {"b": 1}}}, "portrait: {'b': 1} must be weights of a "),
+    ({"rewards": {"a": SOURCE | {"weight": 1, "rang": [0, 1]}}}, "rewards.json: a: unknown key rang"),
+    ({"rewards": {"beauty": {"weight": 1}}}, "beauty: no such rubric"),
+    ({}, "rewards.json: rewards: "), ("{", "rewards.json: not JSON"), ("[]", "not a JSON object"),
+    ({"rewards": {"a": SOURCE | {"weight": 1}}, "category": {"portrait": {"a": 1}}}, "rewards.json: unknown key category"),
+    ({"rewards": {"a": SOURCE | {"weight": 1}, "b": SOURCE}}, "rewards.json: b: no weight")])
+def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "rewards.json", table)
+
+
+@pytest.mark.parametrize("specs", [["a={0}", "a={0}"], ["aesthetic", "rewards.json"], ["rewards.json", "aesthetic"],
+                                   ["rewards.json", "rewards_edit.json"]])
+def test_names_differ_and_a_reward_file_stands_alone(specs):
+    specs = [str(ROOT / "tests/tiny" / spec) if spec.endswith(".json") else spec.format(SOURCE["source"]) for spec in specs]
+    with pytest.raises(ValueError, match="want different names, or one JSON file alone"):
+        model.load_rewards(specs, make.OUT, torch.float32, {})
+
+
+@pytest.mark.skipif(not all((make.OUT / "rewards" / name).is_dir() for name in ("portrait", "instruction", "consistency")),
+                    reason="these scorers are not made yet")
+@pytest.mark.parametrize("file", ["rewards.json", "rewards_edit.json"])
+def test_the_tiny_worlds_reward_files_load(file):
+    rewards = model.load_rewards([str(ROOT / "tests/tiny" / file)], make.OUT, torch.float32, {})
+    assert len(rewards) == 3 and not any("zero-shot" in reward.source for reward in rewards)
+    for reward in rewards:
+        assert reward.name == "identity" or reward.score.rubric == model.RUBRICS[reward.name]
