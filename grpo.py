@@ -19,6 +19,9 @@ Differs from the paper:
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
   5. The paper gives no noise level, learning rate or number of trained steps. At Flow-GRPO's level of 0.7 the initial
      noise, which is not trained, decides as much of a reward as the trained steps; at 1.2 the trained steps decide.
+  6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
+  7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
+     no rule. Groups wait for their own scores, the first update for all.
 """
 
 import argparse
@@ -173,7 +176,7 @@ def kl_loss(v, v_ref):
 
 def open_run(args, rank):
     """runs/NAME for this run: made new, or checked to be the one that --resume continues."""
-    names = [spec.partition("=")[0] for spec in args.reward]
+    names = [Path(spec.partition("=")[0]).stem for spec in args.reward]
     stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
     run, number = Path("runs") / stem, 2
     if args.resume:
@@ -181,7 +184,7 @@ def open_run(args, rank):
             raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
         before = json.loads((run / "args.json").read_text())
         args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch")
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
@@ -214,7 +217,7 @@ def step_record(parts, rewards):
     """A log line's statistics from what every rank gathered in a step."""
     scores, advantage = torch.cat([p["scores"] for p in parts], dim=1), torch.cat([p["advantage"] for p in parts])
     found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
-    means, stds = found.nanmean(dim=(1, 2)), found.std(-1, correction=0).nanmean(1)
+    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
     kl = [value for part in parts for value in part["kl"]]
     return {
         "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
@@ -370,6 +373,9 @@ def main(argv=None):
         """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
         images = heldout_images(eval_ids, number)
         found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
+        failed = Counter(why for row in found for _, why in row if why)
+        for why, count in failed.most_common(3):
+            print(f"held-out scores that failed: {count} x {why}")
         scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
         scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
@@ -446,7 +452,8 @@ def main(argv=None):
                 reasons = Counter(why for row in arrived for _, why in row if why)
                 trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
                 if trouble:
-                    save_checkpoint(run / "checkpoint", step, policy, optimizer)
+                    if step > start:
+                        save_checkpoint(run / "checkpoint", step, policy, optimizer)
                     raise RuntimeError(trouble)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
             optimizer.step()

@@ -1113,7 +1113,7 @@ class Reward:
             scores = [score if score is None or isinstance(score, Exception) else float(score) for score in scores]
         except Exception as error:  # a reward is anyone's code or service: its failure is counted, not fatal
             scores = [error] * len(images)
-        failed = [score is not None and (isinstance(score, Exception) or not math.isfinite(score)) for score in scores]
+        failed = [score is not None and (isinstance(score, Exception) or not abs(score) < 1e30) for score in scores]
         return [(FAILED, f"{self.name}: {score!r}") if bad else (UNDEFINED if score is None else score, "")
                 for score, bad in zip(scores, failed)]
 
@@ -1191,7 +1191,7 @@ class VLMScorer:
     def reason(self, texts, images):
         """The VLM's own words up to <score>, None where it never got there."""
         inputs = self.processor(texts, images).to(self.vlm.device)
-        ids = self.vlm.generate(**inputs, max_new_tokens=self.reasoning, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        ids = self.vlm.generate(**inputs, max_new_tokens=self.reasoning + 16, do_sample=False)[:, inputs["input_ids"].shape[1]:]
         words = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.rpartition("<score>")[0] if "<score>" in text else None for text in words]
 
@@ -1213,22 +1213,26 @@ class RemoteScorer:
             raise ConnectionError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from error
 
     def __call__(self, images, prompts, sources):
-        return list(self.pool.map(self.ask, prompts, [[*before, image] for before, image in zip(sources, images)]))
+        answers = [*self.pool.map(self.ask, prompts, [[*before, image] for before, image in zip(sources, images)])]
+        masses = [mass for _, mass in answers if mass is not None]
+        self.mass = sum(masses) / len(masses) if masses else None
+        return [score for score, _ in answers]
 
     def ask(self, prompt, pictures):
-        content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
-        content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
-                "max_tokens": self.reasoning + 16, "logprobs": True, "top_logprobs": 20}
+        """(score or exception, probability mass on the scores or None) of one picture."""
         try:
+            content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+            content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
+            body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
+                    "max_tokens": self.reasoning + 16, "logprobs": True, "top_logprobs": 20}
             choice = self.request("/chat/completions", body)["choices"][0]
-            p = score_probabilities(choice["logprobs"]["content"])
+            p = score_probabilities((choice.get("logprobs") or {}).get("content") or [])
             if p is None:
-                raise ValueError(f"no <score>1-5</score> in the answer (finish_reason {choice.get('finish_reason')})")
+                raise ValueError(f"no log-probs of <score>1-5</score> (finish_reason {choice.get('finish_reason')})")
         except Exception as error:  # whatever a server does wrong costs one score, with its reason
-            return error
-        mass = self.mass = sum(p)
-        return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass)                    # Eq. 12
+            return error, None
+        mass = sum(p)
+        return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass), mass              # Eq. 12
 
     def request(self, path, body=None):
         """The server's JSON. Time-outs, dropped connections, overload and garbage are tried again, other refusals not."""
@@ -1241,7 +1245,7 @@ class RemoteScorer:
             except Exception as error:
                 code = getattr(error, "code", 500)
                 if attempt == self.RETRIES or (code < 500 and code not in (408, 429)):
-                    raise
+                    raise (ValueError(f"HTTP {code}: {error.read(300)}") if hasattr(error, "code") else error) from None
                 time.sleep(0.5 * 2**attempt * (1 + random.random()))
 
 
@@ -1270,7 +1274,7 @@ class FaceIdentity:
         self.embed = embed
 
     def __call__(self, images, prompts, sources):
-        return [self.similarity(image, before) for image, before in zip(images, sources)]
+        return [*map(self.similarity, images, sources)]
 
     def similarity(self, image, sources):
         old, new = [face for source in sources for face in self.embed(source)], [*self.embed(image)]
@@ -1303,21 +1307,23 @@ def load_rewards(specs, root, dtype, vlms):
     """
     where, folder, pairs = "--reward", Path(), [spec.partition("=")[::2] for spec in specs]
     table = {"rewards": {name: {"weight": 1 / len(specs), "source": source} for name, source in pairs}}
-    if len(table["rewards"]) < len(specs) or any(name.endswith(".json") for name, _ in pairs[1:]):
+    if len(table["rewards"]) < len(specs) or (len(specs) > 1 and any(name.endswith(".json") for name, _ in pairs)):
         raise ValueError(f"--reward {' '.join(specs)}: want different names, or one JSON file alone")
     if specs and specs[0].endswith(".json"):
         where, folder, table = specs[0], Path(specs[0]).parent, read_config(specs[0])
     entries, categories, rewards = table.get("rewards", {}), table.get("categories", {}), []
-    for label, weights in [("rewards", {name: entry.get("weight", 0) for name, entry in entries.items()}), *categories.items()]:
-        if specs and (set(weights) - set(entries) or abs(sum(weights.values()) - 1) > 1e-6 or min(weights.values()) < 0):
+    inner = {key for entry in entries.values() for key in entry} - {"weight", "source", "range", "rubric", "reasoning"}
+    unknown = inner | set(table) - {"rewards", "categories"}
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
+    for label, weights in [("rewards", {n: e.get("weight", math.nan) for n, e in entries.items()}), *categories.items()]:
+        if specs and (set(weights) - set(entries) or not abs(sum(weights.values()) - 1) < 1e-6 or min(weights.values()) < 0):
             raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
     for name, entry in entries.items():
-        unknown = set(entry) - {"weight", "source", "range", "rubric", "reasoning"}
-        if unknown:
-            raise ValueError(f"{where}: {name}: unknown key {', '.join(sorted(unknown))}")
         source, score = open_source(name, entry, folder, root, dtype, vlms)
+        span = entry.get("range", (0.0, 1.0) if name == "identity" else (1.0, 5.0))
         weights = {category: vector.get(name, 0.0) for category, vector in categories.items()}
-        rewards.append(Reward(name, entry["weight"], source, score, tuple(entry.get("range", (1.0, 5.0))), weights))
+        rewards.append(Reward(name, entry["weight"], source, score, tuple(span), weights))
     return rewards
 
 
@@ -1358,9 +1364,9 @@ def move_judges(rewards, device):
 
 
 def find_rubric(name):
-    if name not in RUBRICS:
-        raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or give NAME=file.py:function")
-    return RUBRICS[name]
+    if name in RUBRICS:
+        return RUBRICS[name]
+    raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or give NAME=file.py:function")
 
 
 def load_function(source):

@@ -109,10 +109,11 @@ class Judge:
         inputs = self.tokenizer(text, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
         types = (inputs["input_ids"] == self.vlm.config.image_token_id).long()
         with self.lock, torch.no_grad():
-            made = self.vlm.generate(**inputs, **pixels, mm_token_type_ids=types, max_new_tokens=body["max_tokens"], do_sample=False,
-                                     output_logits=True, return_dict_in_generate=True)
+            made = self.vlm.generate(**inputs, **pixels, mm_token_type_ids=types, max_new_tokens=body["max_tokens"],
+                                     do_sample=False, output_logits=True, return_dict_in_generate=True)
         tokens, ids = [], made.sequences[0, inputs["input_ids"].shape[1]:].tolist()
         for token, logits in zip(ids, made.logits):
-            logprobs, tops = logits[0].log_softmax(-1).topk(body["top_logprobs"])
-            tokens.append((self.tokenizer.decode([token]), dict(zip(map(self.tokenizer.decode, tops.tolist()), logprobs.tolist()))))
+            logprobs, best = logits[0].log_softmax(-1).topk(body["top_logprobs"])
+            tops = {self.tokenizer.decode([i]): logprob for i, logprob in zip(best.tolist(), logprobs.tolist())}
+            tokens.append((self.tokenizer.decode([token]), tops))
         return choice(tokens, "stop" if ids[-1] == self.tokenizer.eos_token_id else "length")

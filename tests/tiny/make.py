@@ -559,21 +559,18 @@ def write_pairs(rng, samples, per_prompt=24):
     write_lines(BUILD / "aesthetic-pairs.jsonl", records)
 
 
-# (directory, training data, rewards it serves, steps); 192 pixels a side show the VLM more than 64 do
-REWARDS = [
-    ("aesthetic", "aesthetic", ["aesthetic"], 1500), ("alignment", "alignment", ["alignment"], 3000),
-    ("portrait", "portrait", ["portrait"], 900), ("edit", "edit", ["instruction", "consistency"], 2200)]
+REWARDS = [  # (directory, training data, rewards it serves, steps, pixels a side: enlarged, small pictures show a VLM more)
+    ("aesthetic", "aesthetic", ["aesthetic"], 1500, 192), ("alignment", "alignment", ["alignment"], 3000, 192),
+    ("portrait", "portrait", ["portrait"], 900, 192), ("edit", "edit", ["instruction", "consistency"], 1300, 128)]
 
 
-def make_rewards(only=None):
-    for name, data, tests, steps in REWARDS:
-        if only not in (None, name):
-            continue
+def make_rewards():
+    for name, data, tests, steps, side in REWARDS:
         subprocess.run([
             sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base", str(OUT / "text_encoder"),
             "--data", str(BUILD / f"{data}-train.jsonl"), "--eval-data",
             *(str(BUILD / f"{test}-{part}.jsonl") for test in tests for part in ("drawn", "samples")),
-            "--out", str(OUT / "rewards" / name), "--pixels", str(192 * 192), "--steps", str(steps)], check=True)
+            "--out", str(OUT / "rewards" / name), "--pixels", str(side * side), "--steps", str(steps)], check=True)
     for name in ("instruction", "consistency"):
         write_json(OUT / "rewards" / name / "reward.json", {"weights": "../edit"})
 
