@@ -559,7 +559,7 @@ def load_prompts(path):
     path, requests = Path(path), []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -1184,7 +1184,7 @@ class VLMScorer:
             inputs = self.processor(texts, flat).to(self.vlm.device)
             scores, masses = expected_score(self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1], self.tokens)
             for score, mass, thought in zip(scores.tolist(), masses.tolist(), thoughts):
-                cut = ValueError(f"no <score> within {self.reasoning} tokens of reasoning") if thought is None else None
+                cut = ValueError(f"no <score> within {self.reasoning + 16} tokens") if thought is None else None
                 answers.append((cut or check_mass(score, mass), mass, thought))
         return answers
 
@@ -1366,7 +1366,7 @@ def move_judges(rewards, device):
 def find_rubric(name):
     if name in RUBRICS:
         return RUBRICS[name]
-    raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or give NAME=file.py:function")
+    raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or bring a function, a VLM or --rubric")
 
 
 def load_function(source):

@@ -62,26 +62,29 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--base", default=str(TINY / "text_encoder"), metavar="VLM",
         help="directory or hub id to start from, any Qwen-VL (default: the tiny one)")
-    add("--processor", metavar="DIR", help="its tokenizer and image processor (default: --base, or ../processor)")
+    add("--processor", metavar="DIR", help="its tokenizer and image processor (default: processor/ beside --base, else --base)")
     add("--pixels", type=int, metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
     add("--freeze-vision", action="store_true", help="train the language model only")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass (default: on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--objective", choices=("pointwise", "pairwise"), default="pointwise",
         help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the paper's choice)")
     add("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
     add("--batch", type=int, default=32, help="pictures, or pairs, per step on all ranks (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 4 on a GPU)")
+    add("--micro-batch", type=int, metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 1 on a GPU)")
     add("--lr", type=float, default=1e-3,
-        help="AdamW, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
+        help="AdamW, 20 steps of warm-up, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
     add("--margin-scale", type=float, default=1.0, metavar="S", help="of R_w - R_l in Eq. 10 (default: %(default)s)")
-    add("--mass-coef", type=float, default=0.1, help="weight of -log(mass on the score tokens) (default: %(default)s)")
+    add("--mass-coef", type=float, default=0.1,
+        help="weight of -log(mass on the score tokens); 1 overwhelms Eq. 10 (default: %(default)s)")
     add("--answer-coef", type=float, default=1.0,
         help="weight of the cross-entropy of all other answer tokens (default: %(default)s)")
     add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints, 0 for none (default: %(default)s)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the last checkpoint in DIR.part, what --out is until it is complete")
     return parser.parse_args(argv)
 
 
@@ -104,14 +107,17 @@ def load_data(path, reward):
     path, rows, notes = Path(path), [], Counter()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             row = read_record(record, path.parent, record.get("reward", reward), notes)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{path}:{number}: {describe(error)}") from None
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            wanted = 'want {"prompt", "image", "score"} or {"prompt", "chosen", "rejected"}'
+            raise ValueError(f"{path}:{number}: {wanted} ({error!r})") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
         rows += [row] if row else []
     if not rows:
         raise ValueError(f"{path} holds nothing to learn from")
@@ -124,7 +130,7 @@ def load_data(path, reward):
 
 def read_record(record, folder, reward, notes):
     """One line -> (Example,), (chosen, rejected), or None for an invalid pair."""
-    sources = record.get("source", [])
+    sources = record.get("source") or []
     sources = [sources] if isinstance(sources, str) else sources
     outputs = [record["image"]] if "image" in record else [record["chosen"], record["rejected"]]
     pictures, before = [folder / name for name in (*sources, *outputs)], [folder / name for name in sources]
@@ -132,7 +138,7 @@ def read_record(record, folder, reward, notes):
         if not picture.is_file():
             raise FileNotFoundError(f"no picture {picture}")
     if len(outputs) == 2:
-        attributes = record.get("attributes", {})
+        attributes = record.get("attributes") or {}
         if set(attributes) - set(ATTRIBUTES):
             raise ValueError(f"attributes are {', '.join(ATTRIBUTES)}")
         if not attributes.get("valid", True):
@@ -141,17 +147,12 @@ def read_record(record, folder, reward, notes):
         notes.update(f"pairs with {name}".replace("_", " ") for name in ATTRIBUTES[1:] if attributes.get(name))
         return tuple(Example(record["prompt"], [*before, picture], reward) for picture in pictures[-2:])
     score = record["score"]
+    scores = [float(value) for value in (score.values() if isinstance(score, dict) else [score])]
+    if not scores or not all(1 <= value <= 5 for value in scores):
+        raise ValueError(f"score {score} is not between 1 and 5")
     if isinstance(score, dict):
         notes[f"score = mean of {', '.join(score)}"] += 1
-        score = sum(map(float, score.values())) / len(score)
-    if not 1 <= float(score) <= 5:
-        raise ValueError(f"score {score} is not between 1 and 5")
-    return (Example(record["prompt"], pictures, reward, float(score), record.get("reasoning", "")),)
-
-
-def describe(error):
-    wanted = 'want {"prompt", "image", "score"} or {"prompt", "chosen", "rejected"}'
-    return f"{wanted} ({error!r})" if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)) else str(error)
+    return (Example(record["prompt"], pictures, reward, sum(scores) / len(scores), record.get("reasoning") or ""),)
 
 
 def batch_rows(step, count, batch, seed):
@@ -185,15 +186,20 @@ def collate(processor, rubrics, examples, device):
 
 
 def copy_processor(folder, out, size):
-    """Everything of a VLM directory that is neither weights nor their config, so that servers find what they know; a `size` of
-    pictures that differs from the directory's is written down."""
+    """Everything of a VLM directory that is neither weights nor their config, so that servers find what they know; if pictures
+    get another `size` than the directory says, that is written down."""
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and not path.name.endswith(("index.json", "reward.json")):
             if path.name not in ("config.json", "generation_config.json"):
                 shutil.copy(path, out)
-    if size:
-        config = read_config(out / "preprocessor_config.json")
-        write_text(out / "preprocessor_config.json", json.dumps(config | {"size": size}, indent=2))
+    for path in (out / "preprocessor_config.json", out / "processor_config.json"):
+        config = read_config(path) if path.exists() else {}
+        settings = config if path.name == "preprocessor_config.json" else config.get("image_processor")  # nested in new ones
+        if size and settings:
+            for older in ("min_pixels", "max_pixels"):  # they would win over the size
+                settings.pop(older, None)
+            settings["size"] = size
+            write_text(path, json.dumps(config, indent=2))
 
 
 # ---- 3. loss -------------------------------------------------------------------------------------------------
@@ -208,6 +214,12 @@ def pairwise_loss(score, margin_scale):
     """Bradley-Terry on (chosen, rejected) pairs one after another, summed: (2B,) -> ()."""
     margin = score[0::2] - score[1::2]                                                                       # (B,)  R_w - R_l
     return -F.logsigmoid(margin_scale * margin).sum()                                                        # ()    Eq. 10, difference 2, 3
+
+
+def mass_loss(logits, tokens):
+    """-log of the probability mass on the score tokens, summed over the batch: (B, V) -> ()."""
+    logits = logits.float()
+    return (logits.logsumexp(-1) - logits[:, tokens].logsumexp(-1)).sum()                                    # ()    difference 1
 
 
 def answer_loss(logits, labels):
@@ -243,14 +255,17 @@ def rate(scorers, rows, rank, world):
     found = []
     for reward in sorted({example.reward for example in examples}):
         mine = [(i, e) for i, e in enumerate(examples) if e.reward == reward][rank::world]
-        pictures = [[Image.open(path) for path in e.pictures] for _, e in mine]
-        read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in mine], [p[:-1] for p in pictures])
-        found += [(i, FAILED if isinstance(score, Exception) else score, mass) for (i, _), (score, mass, _) in zip(mine, read)]
+        for first in range(0, len(mine), VLMScorer.BATCH):
+            part = mine[first:first + VLMScorer.BATCH]
+            pictures = [[Image.open(path) for path in e.pictures] for _, e in part]
+            read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in part], [p[:-1] for p in pictures])
+            found += [(i, FAILED if isinstance(score, Exception) else score, mass) for (i, _), (score, mass, _) in zip(part, read)]
     return np.array([row[1:] for row in sorted(all_gather_list(found))]).T
 
 
 def statistics(rows, scores, masses):
-    """Agreement with the human scores, or with the preferences; what could not be scored is counted and left out."""
+    """Agreement with the human scores, or with the preferences (n pairs); pictures without a score are counted as failed and
+    left out. None where a figure has no meaning."""
     table, valid = {"n": len(rows), "failed": int(np.isnan(scores).sum()), "mass": float(np.mean(masses))}, np.isfinite(scores)
     if not valid.any():
         return table
@@ -264,24 +279,36 @@ def statistics(rows, scores, masses):
         within += [correlation(ranks(scores[g]), ranks(truth[g]))] if len(g) > 2 else []
         pairs += [(scores[i], scores[j]) for i in g for j in g if truth[i] > truth[j]]
     scores, truth = scores[valid], truth[valid]
-    return table | {
+    figures = {
         "srcc": correlation(ranks(scores), ranks(truth)), "plcc": correlation(scores, truth),
         "mae": float(np.abs(scores - truth).mean()), "pair_accuracy": pair_accuracy(pairs),
         "group_srcc": float(np.nanmean(within)) if np.isfinite(within).any() else None, "groups": len(within)}
+    return table | {key: None if value is None or math.isnan(value) else value for key, value in figures.items()}
 
 
-def main():
+def open_part(out, resume):
+    """DIR.part, where everything is written until it is complete. Nothing is overwritten."""
+    part = out.with_name(out.name + ".part")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out")
+    if part.exists() and not resume:
+        raise FileExistsError(f"{part} is left from an interrupted run; continue it with --resume, or remove it")
+    dist.barrier()  # every rank has looked before rank 0 creates it
+    part.mkdir(parents=True, exist_ok=True)
+    return part
+
+
+def main(argv=None):
     # ---- 5. setup --------------------------------------------------------------------------------------------
-    args = parse_args()
+    args = parse_args(argv)
     rank, world, device = setup()
     cuda, out = device.type == "cuda", Path(args.out)
-    torch.manual_seed(args.seed)
     base = download(args.base)
     beside = base.parent / "processor"
-    folder = Path(args.processor) if args.processor else beside if beside.is_dir() else base
+    folder = download(args.processor) if args.processor else beside if beside.is_dir() else base
     processor = Processor(folder)
     if args.pixels:
-        processor.image_processor.size = {"shortest_edge": args.pixels, "longest_edge": max(args.pixels, 16777216)}
+        processor.image_processor.size = dict(processor.image_processor.size) | {"shortest_edge": args.pixels}
     tokens = score_tokens(processor.tokenizer)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is not a multiple of {world} ranks")
@@ -292,6 +319,10 @@ def main():
     size = {"pointwise": 1, "pairwise": 2}[args.objective]
     if len(train[0]) != size:
         raise ValueError(f"--objective {args.objective}: {args.data} holds {'pairs' if size == 1 else 'scored pictures'}")
+    if args.rubric and not any(example.reward == args.reward for row in train for example in row):
+        raise ValueError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another \"reward\"")
+    if len({Path(path).name for path in held_out}) < len(args.eval_data):
+        raise ValueError("--eval-data: the files must have different names")
     names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row} | {args.reward})
     rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
     if args.rubric:
@@ -300,15 +331,18 @@ def main():
     card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
     # ---- 7. model --------------------------------------------------------------------------------------------
-    vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)
+    part = open_part(out, args.resume)
+    vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)  # every rank holds all of it until it is sharded
+    if cuda if args.checkpointing is None else args.checkpointing:
+        vlm.train().gradient_checkpointing_enable({"use_reentrant": False})
     if args.freeze_vision:
         vlm.model.visual.requires_grad_(False)
     count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
     shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], device)
     trained = [param for param in vlm.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = load_checkpoint(out / "checkpoint", vlm, optimizer) if args.resume else 0
-    micro_batch = args.micro_batch or (4 if cuda else 32)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
+    micro_batch = args.micro_batch or (1 if cuda else 32)
     if rank == 0:
         print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} {'scored pictures' if size == 1 else 'pairs'}"
               f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}")
@@ -322,11 +356,13 @@ def main():
             examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
             inputs, labels, place, y = collate(processor, rubrics, examples, device)
             logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]       # (B, T, V)
-            score, mass = expected_score(logits[:, -place], tokens)                                          # (B,)  Eq. 12, difference 1
+            score, _ = expected_score(logits[:, -place], tokens)                                             # (B,)  Eq. 12
             loss = pointwise_loss(score, y) if args.objective == "pointwise" else pairwise_loss(score, args.margin_scale)
-            loss = loss - (args.mass_coef * mass.log().sum() - args.answer_coef * answer_loss(logits, labels)) / size
+            form = args.mass_coef * mass_loss(logits[:, -place], tokens) + args.answer_coef * answer_loss(logits, labels)
+            loss = loss + form / size
             (loss * world / args.batch).backward()  # FSDP averages over ranks
-            total += loss.item() * world / args.batch
+            total += loss.item() / args.batch
+        total = sum(all_gather_list([total]))
         torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
@@ -335,7 +371,7 @@ def main():
         running = total if running is None else 0.95 * running + 0.05 * total
         bar.set_postfix(loss=f"{running:.3f}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(out / "checkpoint", step + 1, vlm, optimizer)
+            save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
     weights = full_weights(vlm)
@@ -343,13 +379,13 @@ def main():
     if rank == 0:
         plain = load_vlm(base, "cpu", torch.bfloat16)
         plain.load_state_dict(weights)
-        plain.save_pretrained(out)
-        copy_processor(folder, out, args.pixels and dict(processor.image_processor.size))
-        write_text(out / "reward.json", json.dumps(card, indent=2))
-        remove(out / "checkpoint")
+        plain.save_pretrained(part)
+        copy_processor(folder, part, args.pixels and dict(processor.image_processor.size))
+        del plain
+    del weights
     dist.barrier()
-    vlm = load_vlm(out, device, compute_dtype(device))  # evaluated as it will be used
-    scorers = {name: VLMScorer(vlm, out, rubric, card["reasoning"]) for name, rubric in rubrics.items()}
+    vlm = load_vlm(part, device, compute_dtype(device))  # evaluated as it will be used
+    scorers = {name: VLMScorer(vlm, part, rubric, card["reasoning"]) for name, rubric in rubrics.items()}
     card["held_out"], dots = {}, {}
     for path, rows in held_out.items():
         scores, masses = rate(scorers, rows, rank, world)
@@ -360,8 +396,10 @@ def main():
             cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in table.items())
             print(f"{Path(path).name}: {'  '.join(cells)}")
     if rank == 0:
-        write_text(out / "reward.json", json.dumps(card, indent=2))
-        line_chart(out / "scatter.png", dots, "predicted score", "human score", dots=True)
+        write_text(part / "reward.json", json.dumps(card, indent=2))
+        line_chart(part / "scatter.png", dots, "predicted score", "human score", dots=True)
+        remove(part / "checkpoint")
+        part.rename(out)
         print(f"wrote {out}")
 
 

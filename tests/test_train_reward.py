@@ -352,9 +352,12 @@ def test_reasoning_is_learnt_and_read_before_the_score(tmp_path):
     assert sum(thought == line["reasoning"] + "\n" for thought, line in zip(thoughts, lines)) >= 7
     assert sum(abs(score - line["score"]) < 0.5 for score, line in zip(scores, lines)) >= 7 and min(masses) > 0.5
     assert card(tmp_path / "out")["held_out"]["data.jsonl"]["failed"] == 0
-    reward.score.reasoning = 3  # not enough for any of these
-    for score, _, thought in reward.score.read(images, ["a"] * 8, [[]] * 8):
-        assert thought is None and isinstance(score, ValueError) and "no <score> within 3 tokens" in str(score)
+
+
+def test_reasoning_without_end_is_a_failure():
+    scorer = model.VLMScorer(model.load_vlm(make.OUT / "text_encoder", "cpu", torch.float32), make.OUT / "processor", "Nice?", 8)
+    for score in scorer([world.draw(world.sample_scene(np.random.default_rng(i))) for i in range(2)], ["a"] * 2, [[]] * 2):
+        assert isinstance(score, ValueError) and "no <score> within" in str(score)  # it was not taught to answer
 
 
 FOUR_STEPS = ["--reward", "aesthetic", "--data", SCORES, "--steps", 4, "--batch", 4, "--pixels", 64 * 64, "--save-every", 2]
@@ -480,7 +483,7 @@ def fresh(tmp_path_factory):
     faces = [prompt for prompt in prompts if world.category(prompt) == "portrait"]
     instructions, sources = make.edit_sources(rng, 30, tmp_path_factory.mktemp("sources"))
     return {
-        "picture": {"drawn": make.drawn_samples(rng, 160), "samples": make.base_samples(prompts[:30], 8, 77)},
+        "picture": {"drawn": make.drawn_samples(rng, 160), "samples": make.base_samples(prompts[:50], 6, 77)},
         "portrait": {"drawn": make.portrait_samples(rng, 160), "samples": make.base_samples(faces, 240 // len(faces), 78)},
         "edit": {"drawn": make.edit_samples(rng, 160), "samples": make.base_samples(instructions, 8, 77, sources)}}
 
