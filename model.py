@@ -136,12 +136,9 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-        self.norm_q = nn.RMSNorm(dim // heads, eps=eps)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=eps)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim // heads, eps=eps), nn.RMSNorm(dim // heads, eps=eps)
 
     def forward(self, x, rope, past, index, mask):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
@@ -296,11 +293,8 @@ class FlowTransformer(nn.Module):
 
         height, width = grid
         targets = torch.tensor([[(end, *yx) for yx in image_grid(height, width)] for _, _, end in layouts], device=device)
-        if min(lengths) == size:
-            mask = None
-        else:
-            mask = torch.cat([real, real.new_ones(len(prompts), height * width)], dim=1)[:, None, None]
-        return Prefix(kv, self.rope(targets), mask, None)
+        mask = torch.cat([real, real.new_ones(len(prompts), height * width)], dim=1)[:, None, None]
+        return Prefix(kv, self.rope(targets), mask if min(lengths) < size else None, None)
 
     def velocity(self, x, t, prefix):
         """Velocity of the target tokens, without guidance. x (B, N, C) fp32, t (B,) fp32 -> (B, N, C) fp32."""
@@ -1262,7 +1256,6 @@ def score_probabilities(answer):
         if tokens[i].strip() in SCORES and "".join(tokens[:i]).rstrip().endswith("<score>"):
             tops = [(top["token"].strip(), math.exp(top["logprob"])) for top in answer[i]["top_logprobs"]]
             return [sum(p for token, p in tops if token == score) for score in SCORES]
-    return None
 
 
 class FaceIdentity:

@@ -1,12 +1,11 @@
 """Make the README's numbers and pictures; every part prints its table and writes its pictures into assets/.
 
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
-    python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 35 minutes
+    python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,16 +20,15 @@ ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward" for name in ("aest
 SEEDS = 3
 
 
-def start(*arguments, threads=None):
+def start(*arguments):
     """A script of this repository as a process."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment)
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
 
 
-def grpo(name, reward, seed, threads=None):
+def grpo(name, reward, seed):
     """The first command with the oracle as judge, as a process; an old run of that name is removed."""
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name, threads=threads)
+    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name)
 
 
 def finish(process):
@@ -60,25 +58,28 @@ def first():
 
 
 def paradigms():
-    """The aesthetic scorer of the tiny world, and its twin trained for as many steps on as many pictures as preferences."""
-    if not (BUILD / "aesthetic-pairs.jsonl").exists():
-        raise SystemExit(f"no {BUILD}/aesthetic-pairs.jsonl; make it with: python tests/tiny/make.py --only scores")
-    scorers = {"pointwise": TINY / "model" / "rewards" / "aesthetic", "pairwise": BUILD / "rewards" / "pairwise"}
-    finish(start("train_reward.py", "--reward", "aesthetic", "--objective", "pairwise", "--data", str(BUILD / "aesthetic-pairs.jsonl"),
-                 "--eval-data", *(str(BUILD / f"aesthetic-{part}.jsonl") for part in ("drawn", "samples")), "--out",
-                 str(scorers["pairwise"]), "--batch", "16", "--steps", "1500", "--pixels", str(192 * 192)))
+    """The aesthetic scorer of the tiny world, and its twin trained for as many steps on as many pictures as preferences.
+
+    GRPO on the first is what `first` ran; its runs are needed.
+    """
+    pairs, twin = BUILD / "aesthetic-pairs.jsonl", BUILD / "rewards" / "pairwise"
+    if not pairs.exists() or not (ROOT / "runs" / f"reproduce-grpo-{SEEDS - 1}" / "eval.json").exists():
+        raise SystemExit("paradigms needs: python tests/tiny/make.py --only scores && python tests/reproduce.py first")
+    if not twin.exists():
+        finish(start("train_reward.py", "--reward", "aesthetic", "--objective", "pairwise", "--data", str(pairs), "--eval-data",
+                     *(str(BUILD / f"aesthetic-{part}.jsonl") for part in ("drawn", "samples")), "--out", str(twin),
+                     "--batch", "16", "--steps", "1500", "--pixels", str(192 * 192)))
     lines = ["| scorer | drawings SRCC | PLCC | pairs | base samples SRCC | pairs | within groups |", "|---|---|---|---|---|---|---|"]
-    for name, directory in scorers.items():
+    for name, directory in {"pointwise": TINY / "model" / "rewards" / "aesthetic", "pairwise": twin}.items():
         drawn, samples = json.loads((directory / "reward.json").read_text())["held_out"].values()
         lines.append(f"| {name} | {drawn['srcc']:.3f} | {drawn['plcc']:.3f} | {drawn['pair_accuracy']:.3f} | {samples['srcc']:.3f} | "
                      f"{samples['pair_accuracy']:.3f} | {samples['group_srcc']:.3f} |")
     lines += ["", "| trained on | seed | judge | base | trained | difference [95% interval] |", "|---|---|---|---|---|---|"]
     for seed in range(SEEDS):
-        for process in [grpo(f"reproduce-{name}-{seed}", f"{name}={path}", seed, threads=1) for name, path in scorers.items()]:
-            finish(process)
-        lines += [f"| {name} | {seed} | {judge} | {cells(row)} |" for name in scorers
-                  for judge, row in evaluation(f"reproduce-{name}-{seed}").items()]
-    grids = [ROOT / "runs" / f"reproduce-{name}-0" / "samples" / "before_after.png" for name in scorers]
+        finish(grpo(f"reproduce-pairwise-{seed}", f"pairwise={twin}", seed))
+        lines += [f"| {name} | {seed} | {judge} | {cells(row)} |" for name, run in (("pointwise", "grpo"), ("pairwise", "pairwise"))
+                  for judge, row in evaluation(f"reproduce-{run}-{seed}").items()]
+    grids = [ROOT / "runs" / f"reproduce-{run}-0" / "samples" / "before_after.png" for run in ("grpo", "pairwise")]
     stack([Image.open(grid) for grid in grids], ASSETS / "paradigms.png")
     return lines
 

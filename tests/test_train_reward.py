@@ -270,8 +270,7 @@ def run(out, *arguments, processes=1, stop=False):
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = ROOT / "train_reward.py"
     if stop:
-        out.mkdir(parents=True)
-        script = out / "stop.py"
+        script = out.with_name("stop.py")
         script.write_text(STOP)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launcher, str(script), "--out", str(out), *map(str, arguments)], capture_output=True,
@@ -365,9 +364,9 @@ FOUR_STEPS = ["--reward", "aesthetic", "--data", SCORES, "--steps", 4, "--batch"
 
 def checkpoint(out):
     """The one checkpoint of a stopped run as {kind: {name: tensor}}."""
-    (path,) = (out / "checkpoint").iterdir()
-    dcp_to_torch_save(path, out / "state.pt")
-    return torch.load(out / "state.pt", weights_only=False)
+    (path,) = (out.with_name(out.name + ".part") / "checkpoint").iterdir()
+    dcp_to_torch_save(path, out.with_name("state.pt"))
+    return torch.load(out.with_name("state.pt"), weights_only=False)
 
 
 def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_one(tmp_path):
@@ -387,7 +386,7 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
     run(tmp_path / "whole", *arguments)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "1"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items()) and whole.keys() == resumed.keys()
-    assert not (tmp_path / "1" / "checkpoint").exists() and not (tmp_path / "whole" / "checkpoint").exists()
+    assert not (tmp_path / "1" / "checkpoint").exists() and not (tmp_path / "1.part").exists()
 
 
 def test_frozen_vision_stays_and_the_language_model_moves(tmp_path):
