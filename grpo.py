@@ -56,12 +56,12 @@ def parse_args(argv=None):
     add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
     add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=int, default=75, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
         help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
     add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
-    add("--eval-images", type=int, default=600, metavar="N",
+    add("--eval-images", type=int, default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=int, metavar="P",
-        help="a multiple of ranks x updates (default: the smallest from 8 on)")
+        help="a multiple of ranks x updates (default: the smallest from 16 on)")
     add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
@@ -86,10 +86,10 @@ def parse_args(argv=None):
     add("--noise-level", type=float, default=1.2, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help="AdamW (default: 4e-6 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's steps should shrink with width)")
     add("--clip-eps", type=float, default=1e-3, metavar="EPS",
         help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.005, metavar="W",
+    add("--kl-coef", type=float, default=0.004, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
@@ -295,11 +295,11 @@ def main(argv=None):
         raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
     grid = (height // 16, width // 16)
     cfg = sampling.get("guidance_scale", 4.0) if args.cfg is None else args.cfg
-    lr = 4e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
+    lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
     run = open_run(args, rank)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
-    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(8 / unit)
+    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")

@@ -19,6 +19,7 @@ Equation numbers are those of the Qwen-Image-2.0-RL report.
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sharing the tiny model's operators costs more than it gains
 
 import base64
 import gc
