@@ -395,6 +395,7 @@ def main(argv=None):
         if rank == 0:
             cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in table.items())
             print(f"{Path(path).name}: {'  '.join(cells)}")
+    dist.barrier()  # every rank has read what is renamed now
     if rank == 0:
         write_text(part / "reward.json", json.dumps(card, indent=2))
         line_chart(part / "scatter.png", dots, "predicted score", "human score", dots=True)

@@ -68,7 +68,7 @@ def test_velocity(transformers, name):
     prompt = make_prompt(1, *LAYOUTS[name])
     for grid in [(4, 4), (6, 4)]:
         x, t = torch.randn(1, grid[0] * grid[1], 16), torch.tensor([0.7])
-        assert relative(ours(x, t, [prompt], grid), their_velocity(theirs, x, t, prompt, grid)) < 1e-5
+        assert relative(ours.velocity(x, t, ours.prefix([prompt], grid)), their_velocity(theirs, x, t, prompt, grid)) < 1e-5
 
 
 def test_velocity_of_a_padded_batch_equals_single_runs(transformers):

@@ -45,7 +45,7 @@ def test_advantage_is_the_weighted_sum_of_group_z_scores():
         for p in range(5):
             group = scores[k, p].double().numpy()
             expected[p] += weights[k] * torch.from_numpy((group - group.mean()) / group.std()).float()
-    a = group_advantage(scores, weights)
+    a = group_advantage(scores, weights[:, None].expand(3, 5))
     torch.testing.assert_close(a, expected)
     assert a.sum(-1).abs().max() < 1e-5
 
@@ -54,11 +54,11 @@ def test_advantage_ignores_constant_groups_and_failed_scores():
     scores = torch.rand(1, 3, 6) + 1
     scores[0, 0] = 2 + 1e-5 * torch.rand(6)  # constant up to noise
     scores[0, 1, 2] = float("nan")
-    a = group_advantage(scores, torch.ones(1))
+    a = group_advantage(scores, torch.ones(1, 3))
     assert a[0].abs().max() == 0 and a[1, 2] == 0
     rest = torch.cat([scores[0, 1, :2], scores[0, 1, 3:]])
     torch.testing.assert_close(torch.cat([a[1, :2], a[1, 3:]]), (rest - rest.mean()) / rest.std(correction=0))
-    assert group_advantage(torch.full((2, 1, 4), float("nan")), torch.full((2,), 0.5)).abs().max() == 0
+    assert group_advantage(torch.full((2, 1, 4), float("nan")), torch.full((2, 1), 0.5)).abs().max() == 0
 
 
 def loss_inputs():
