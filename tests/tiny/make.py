@@ -528,7 +528,7 @@ def make_scores():
 
 def write_scores(name, part, rows, rule):
     """Pictures [(prompt, image, source?)] as files and their scores as JSON Lines. Where content counts, the reasoning says what
-    is seen: a tiny VLM learns to compare much better with it (alignment, held-out drawings: SRCC .90 against .64 without)."""
+    is seen: a tiny VLM learns to compare much better with it."""
     (BUILD / name / part).mkdir(parents=True, exist_ok=True)
     records, sources = [], {}  # a source is saved once, so that its samples are a group
     for i, (prompt, image, *source) in enumerate(rows):
@@ -564,7 +564,7 @@ REWARDS = [  # (directory, VLM to start from, training data, rewards it serves, 
     ("aesthetic", "text_encoder", "aesthetic", ["aesthetic"], 1500),
     ("alignment", "text_encoder", "alignment", ["alignment"], 3000),
     ("portrait", "text_encoder", "portrait", ["portrait"], 900),
-    ("edit", "rewards/alignment", "edit", ["instruction", "consistency"], 1000)]
+    ("edit", "rewards/alignment", "edit", ["instruction", "consistency"], 1500)]
 
 
 def make_rewards():
