@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 SMALL = {
-    "grpo.py": ["--steps", "1", "--group-size", "2", "--eval-images", "75"],
+    "grpo.py": ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "75"],
     "train_reward.py": ["--steps", "2", "--batch", "4"],
 }
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
@@ -35,7 +35,8 @@ def small(command):
         at = words.index("--model")
         del words[at:at + 2]
     script = next(word for word in words if word.endswith(".py"))
-    return words + SMALL.get(script, [])
+    several = ".json" in command or "alignment" in command  # several VLMs, some of which reason: without the final table
+    return words + SMALL.get(script, []) + ["--eval-images", "0"] * (several and script == "grpo.py")
 
 
 RUN = [command for command in COMMANDS if small(command)]

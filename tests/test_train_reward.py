@@ -509,7 +509,7 @@ def scored(fresh):
 
 
 @pytest.mark.parametrize("name, drawn, samples", [  # reward.json has the figures on 400 and more pictures
-    ("aesthetic", 0.9, 0.6), ("alignment", 0.75, 0.5), ("portrait", 0.8, 0.6), ("instruction", 0.7, 0.4), ("consistency", 0.35, 0.5)])
+    ("aesthetic", 0.9, 0.6), ("alignment", 0.75, 0.5), ("portrait", 0.8, 0.6), ("instruction", 0.7, 0.4), ("consistency", 0.35, 0.35)])
 def test_scorers_rank_pictures_as_the_oracle_does(scored, name, drawn, samples):
     for part, bar in (("drawn", drawn), ("samples", samples)):
         scores, truth, _ = scored(name, part)
