@@ -569,6 +569,7 @@ REWARDS = [  # (directory, VLM to start from, training data, rewards it serves, 
 
 def make_rewards():
     for name, base, data, tests, steps in REWARDS:
+        model.remove(OUT / "rewards" / name)
         subprocess.run([
             sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base", str(OUT / base),
             "--data", str(BUILD / f"{data}-train.jsonl"), "--eval-data",
