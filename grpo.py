@@ -28,7 +28,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,7 +37,7 @@ from model import (
     UNDEFINED, Sampler, VLMScorer, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
     forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
     load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park,
-    read_config, save_checkpoint, save_model, sde_mean_std, setup, shard, synchronise, timesteps, write_text)
+    sampling_settings, save_checkpoint, save_model, sde_mean_std, setup, shard, synchronise, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -242,13 +241,6 @@ def write_log(path, log, new):
         file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
 
 
-def save_grid(path, *rows, columns=8):
-    """A PNG of [(prompt, image)] lists, interleaved row by row, so that the same prompts stand together."""
-    lines = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
-    pictures, labels = ([[pair[part] for pair in line] for line in lines] for part in (1, 0))
-    image_grid_png(path, pictures, labels)
-
-
 def check_failures(step, reasons, scores, limit):
     """The reasons, counted over all ranks, if more than a share `limit` of a step's `scores` failed; else None."""
     reasons = sum(all_gather_list([reasons]), Counter())
@@ -282,19 +274,11 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        find_model(args.model)  # one download per machine
-    dist.barrier()
     root = find_model(args.model)
-    index = read_config(root / "model_index.json")
-    sampling = index.get("_sampling", {})
     policy = new_transformer(root, torch.float32)
     config = policy.config
-    height, width = args.size or sampling.get("size", (512, 512))
-    if height % 32 or width % 32:
-        raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
-    grid = (height // 16, width // 16)
-    cfg = sampling.get("guidance_scale", 4.0) if args.cfg is None else args.cfg
+    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
+    tokens, K = grid[0] * grid[1], len(t) - 1
     lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
     run = open_run(args, rank)
@@ -303,10 +287,6 @@ def main(argv=None):
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
-    scheduler = read_config(root / "scheduler" / "scheduler_config.json")
-    sigmas = None if args.sampler_steps else index.get("sample_sigmas")
-    t = timesteps(scheduler, grid[0] * grid[1], args.sampler_steps or 40, sigmas)
-    K = len(t) - 1
 
     # ---- 6. data (same in grpo, nft, opd) --------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
@@ -314,7 +294,7 @@ def main(argv=None):
     eval_ids = list(range(rank, len(heldout), world))
     used = {i: requests[i] for share in shares for part in share for i in part}
     vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, height * width, device)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
     # ---- 7. models -------------------------------------------------------------------------------------------
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
@@ -337,7 +317,7 @@ def main(argv=None):
     if rank == 0:
         write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
-        print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {width}x{height} a step")
+        print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
         print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for reward in rewards:
             weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
@@ -390,7 +370,7 @@ def main(argv=None):
             shown = heldout_images([i for i in eval_ids if i < 24], 1)
             shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
             if rank == 0:
-                save_grid(run / "samples" / f"{step:06d}.png", shown)
+                image_grid_png(run / "samples" / f"{step:06d}.png", shown)
         clock = time.perf_counter()
 
         # rollout, guided, by the policy in the slot; a decoded batch is scored in the background from here on
@@ -466,7 +446,7 @@ def main(argv=None):
         train_seconds = time.perf_counter() - clock - waited_seconds
 
         # one line a step
-        work = sum(forward_flops(config, grid[0] * grid[1], len(encoded[i][0].slots)) for i in ids)
+        work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
         seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
                    "train": train_seconds}
@@ -484,7 +464,7 @@ def main(argv=None):
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
-    save_model(run / "model", root, policy, cfg)
+    save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
         move_judges(rewards + judges, device)
@@ -495,7 +475,7 @@ def main(argv=None):
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)
-            save_grid(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

@@ -516,7 +516,9 @@ class Processor:
 def load_vlm(directory, device, dtype):
     """Any image-text-to-text checkpoint transformers knows, frozen."""
     from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
@@ -657,7 +659,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def find_model(name):
-    """A local directory or a hub id -> the directory, checked to be a model of this architecture."""
+    """A local directory or a hub id -> the directory, checked to be a model of this architecture. All ranks call."""
     directory = download(name)
     kind = read_config(directory / "model_index.json").get("_class_name")
     if kind != "QwenImage21Pipeline":
@@ -666,12 +668,16 @@ def find_model(name):
 
 
 def download(name):
-    """A local directory, or a hub id, which is fetched -> the directory."""
+    """A local directory, or a hub id, which is fetched once per machine -> the directory."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            snapshot_download(name)
+        if dist.is_initialized():
+            dist.barrier()
         return Path(snapshot_download(name))
     except Exception as error:
         raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({error})") from error
@@ -764,11 +770,11 @@ def load_vae(root, device, dtype):
     return load_weights(vae.to_empty(device=device), root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
 
 
-def save_model(directory, base, transformer, guidance):
+def save_model(directory, base, transformer, guidance, trained_on):
     """Write a model directory in the hub layout: bf16 transformer shards, everything frozen linked to `base`.
 
-    Every rank calls it, rank 0 writes. guidance: the recommended scale, kept in model_index.json. The directory appears
-    under its name only when it is complete.
+    Every rank calls it, rank 0 writes. guidance: the recommended scale, and trained_on: names of rewards, are kept in
+    model_index.json. The directory appears under its name only when it is complete.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -784,7 +790,9 @@ def save_model(directory, base, transformer, guidance):
             if path.name not in ("transformer", "model_index.json"):
                 (part / path.name).symlink_to(path.resolve())
         index = read_config(base / "model_index.json")
-        index["_sampling"] = index.get("_sampling", {}) | {"guidance_scale": guidance}
+        before = index.get("_sampling", {})
+        trained_on = sorted({*before.get("trained_on", ()), *trained_on})
+        index["_sampling"] = before | {"guidance_scale": guidance, "trained_on": trained_on}
         write_text(part / "model_index.json", json.dumps(index, indent=2))
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     weights = full_weights(transformer)
@@ -869,6 +877,19 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     if scheduler.get("shift_terminal"):
         t = 1 - (1 - t) / ((1 - t)[-1] / (1 - scheduler["shift_terminal"]))
     return torch.cat([torch.from_numpy(t), torch.zeros(1)])
+
+
+def sampling_settings(root, size=None, steps=None, cfg=None):
+    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (K+1,), guidance scale."""
+    index = read_config(root / "model_index.json")
+    own = index.get("_sampling", {})
+    height, width = size or own.get("size", (512, 512))
+    if height % 32 or width % 32:
+        raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
+    grid = height // 16, width // 16
+    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], steps or 40,
+                  None if steps else index.get("sample_sigmas"))
+    return grid, t, own.get("guidance_scale", 4.0) if cfg is None else cfg
 
 
 def noise_levels(t, steps, noise_level):
@@ -1450,18 +1471,20 @@ def all_gather_list(values):
 # ---- 7. pictures ---------------------------------------------------------------------------------------------
 
 
-def image_grid_png(path, rows, labels):
-    """Save rows of PIL images with a label under each: labels has the rows' shape."""
-    cell, font, text = max(96, rows[0][0].width), ImageFont.load_default(10), 28
-    height = cell * rows[0][0].height // rows[0][0].width
-    sheet = Image.new("RGB", (len(rows[0]) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
+def image_grid_png(path, *rows, columns=8):
+    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which interleave."""
+    rows = [row[i:i + columns] for i in range(0, max(map(len, rows)), columns) for row in rows]
+    first, font, text = rows[0][0][1], ImageFont.load_default(10), 40
+    cell = max(96, first.width)
+    height = cell * first.height // first.width
+    sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
     draw = ImageDraw.Draw(sheet)
-    for y, (images, captions) in enumerate(zip(rows, labels)):
-        for x, (image, caption) in enumerate(zip(images, captions)):
+    for y, row in enumerate(rows):
+        for x, (caption, image) in enumerate(row):
             left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
             sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
-            lines = textwrap.wrap(caption, cell // 5)[:2]
+            lines = textwrap.wrap(caption, cell // 5)[:3]
             draw.text((left, top + height + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     sheet.save(path)
 

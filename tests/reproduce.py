@@ -2,19 +2,26 @@
 
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
+    python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: 35 minutes
 """
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
 ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward" for name in ("aesthetic", "strict", "alignment")]
 SEEDS = 3
@@ -25,10 +32,11 @@ def start(*arguments):
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
 
 
-def grpo(name, reward, seed):
-    """The first command with the oracle as judge, as a process; an old run of that name is removed."""
-    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name)
+def grpo(name, reward, seed, *more):
+    """The first command with the oracle as judge, as a process; an old run of that name is removed unless it is resumed."""
+    if "--resume" not in more:
+        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name, *more)
 
 
 def finish(process):
@@ -84,6 +92,34 @@ def paradigms():
     return lines
 
 
+def curation(stages=(15, 30, 45)):
+    """The half of every category's prompts with the largest ranges against as many at random, judged during training."""
+    pool, curated = ROOT / "rollouts" / "reproduce-pool", ROOT / "runs" / "reproduce-curated.jsonl"
+    curated.parent.mkdir(exist_ok=True)
+    finish(start("rollout.py", "--prompts", str(TINY / "prompts.jsonl"), "--reward", "aesthetic", "--name", pool.name))
+    finish(start("rollout.py", "--curate", str(pool), "--out", str(curated)))
+    prompts = [json.loads(line) for line in (TINY / "prompts.jsonl").read_text().splitlines()]
+    kept = Counter(json.loads(line)["category"] for line in curated.read_text().splitlines())
+    table, gains = [], {"curated": {}, "uncurated": {}}
+    for seed in range(SEEDS):
+        random.Random(seed).shuffle(prompts)
+        chosen = [line for name, count in kept.items() for line in [p for p in prompts if p["category"] == name][:count]]
+        uncurated = ROOT / "runs" / f"reproduce-uncurated-{seed}.jsonl"
+        uncurated.write_text("".join(json.dumps(line) + "\n" for line in chosen))
+        for kind, path in (("curated", curated), ("uncurated", uncurated)):
+            for steps in stages:
+                name = f"reproduce-{kind}-{seed}"
+                finish(grpo(name, "aesthetic", seed, "--prompts", str(path), "--save-every", "15", "--steps", str(steps),
+                            *(["--resume"] if steps > stages[0] else [])))
+                for judge, row in evaluation(name).items():
+                    gains[kind].setdefault(judge, {}).setdefault(steps, []).append(row["difference"])
+            table += [f"| {kind} | {seed} | {judge} | {cells(row)} |" for judge, row in evaluation(name).items()]
+    curves = {f"{kind}, {judge}": [(0, 0), *((steps, sum(values) / SEEDS) for steps, values in gains[kind][judge].items())]
+              for judge in ("oracle-aesthetic", "aesthetic") for kind in gains}
+    model.line_chart(ASSETS / "curation.png", curves, f"gain over the base on held-out prompts, mean of {SEEDS} seeds", "step")
+    return ["| prompts | seed | judge | base | trained | difference [95% interval] |", "|---|---|---|---|---|---|", *table]
+
+
 def stack(pictures, path):
     """Figures under each other."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
@@ -92,7 +128,7 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-PARTS = {"first": first, "paradigms": paradigms}
+PARTS = {"first": first, "paradigms": paradigms, "curation": curation}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

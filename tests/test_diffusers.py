@@ -187,7 +187,7 @@ def test_saved_model_loads_in_diffusers(root, tmp_path, monkeypatch, caplog):
     """Sharded, and diffusers says no word about the private key; the picture is that of our own loader."""
     transformer = model.materialise(model.new_transformer(root, torch.float32), root, "cpu")
     monkeypatch.setattr(model, "SHARD_BYTES", 500_000)
-    model.save_model(tmp_path / "saved", root, transformer, guidance=3.0)
+    model.save_model(tmp_path / "saved", root, transformer, guidance=3.0, trained_on=[])
     assert model.read_config(tmp_path / "saved" / "model_index.json")["_sampling"]["guidance_scale"] == 3.0
     assert len(list((tmp_path / "saved" / "transformer").glob("*.safetensors"))) > 1
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog

@@ -69,14 +69,14 @@ def test_load_fills_the_modules_own_dtype(root):
 
 def test_save_then_load_is_bf16_rounding(root, tmp_path):
     network = load(root)
-    model.save_model(tmp_path / "new", root, network, guidance=1.0)
+    model.save_model(tmp_path / "new", root, network, guidance=1.0, trained_on=[])
     for param, loaded in zip(network.parameters(), load(tmp_path / "new").parameters(), strict=True):
         assert torch.equal(loaded, param.bfloat16().float()) and not torch.equal(loaded, param)
 
 
 def test_saved_directory_is_complete(root, tmp_path):
     """Everything frozen is linked to the base, the guidance scale is noted, nothing temporary stays."""
-    model.save_model(tmp_path / "new", root, load(root), guidance=3.0)
+    model.save_model(tmp_path / "new", root, load(root), guidance=3.0, trained_on=[])
     new = model.find_model(tmp_path / "new")
     assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "rewards", "scheduler", "transformer", "vae"]
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
@@ -91,11 +91,11 @@ def test_saved_directory_is_complete(root, tmp_path):
 
 def test_save_replaces_an_older_save_and_keeps_the_base(root, tmp_path):
     network = load(root)
-    model.save_model(tmp_path / "new", root, network, guidance=3.0)
+    model.save_model(tmp_path / "new", root, network, guidance=3.0, trained_on=[])
     write_json(tmp_path / "new.part" / "transformer" / "stale.json", {})  # as a killed save leaves it
     network.load_state_dict(random_state(network, seed=1))
-    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0)  # base is itself a save
-    model.save_model(tmp_path / "new", root, network, guidance=1.0)
+    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0, trained_on=[])  # base is itself a save
+    model.save_model(tmp_path / "new", root, network, guidance=1.0, trained_on=[])
     for directory in (tmp_path / "new", tmp_path / "again"):
         for param, loaded in zip(network.parameters(), load(directory).parameters(), strict=True):
             assert torch.equal(loaded, param.bfloat16().float())
@@ -108,7 +108,7 @@ def test_save_replaces_an_older_save_and_keeps_the_base(root, tmp_path):
 def test_sharded_save_loads_back(root, tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr(model, "SHARD_BYTES", shard_bytes)
     network = load(root)
-    model.save_model(tmp_path / "new", root, network, guidance=1.0)
+    model.save_model(tmp_path / "new", root, network, guidance=1.0, trained_on=[])
     directory = tmp_path / "new" / "transformer"
     index = json.loads((directory / INDEX).read_text())
     files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -166,7 +166,7 @@ def test_refuses_a_missing_file(root):
 def sharded(root, tmp_path, monkeypatch):
     """The transformer/ directory of a model in three files or more."""
     monkeypatch.setattr(model, "SHARD_BYTES", 3000)
-    model.save_model(tmp_path / "sharded", root, load(root), guidance=1.0)
+    model.save_model(tmp_path / "sharded", root, load(root), guidance=1.0, trained_on=[])
     return tmp_path / "sharded" / "transformer"
 
 

@@ -498,7 +498,7 @@ def make_scores():
     samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8, SEED + 1), drawn_samples(rng, 3000)
     instructions, sources = edit_sources(rng, 600, BUILD / "sources")
     other_instructions, other_sources = edit_sources(rng, 60, BUILD / "other-sources")
-    edited = base_samples(instructions, 4, SEED, sources)
+    edited = base_samples(instructions, 8, SEED, sources)
     spoiled = spoiled_samples(rng, samples, 4000)
     rules = {
         "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward, "portrait": world.portrait_reward,

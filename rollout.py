@@ -1,0 +1,521 @@
+"""Draw groups of images, score them, and work with the scores: curation, calibration, comparison (Sec. 4.2, 5).
+
+    python rollout.py "a red circle above a blue square on a white background"      # look at what a checkpoint draws
+    python rollout.py --prompts prompts.jsonl --reward aesthetic alignment --name base
+
+Images, their scores and a labelled grid go to rollouts/NAME/ as they are made; the same command continues an interrupted job.
+Everything else is a function of rollouts.jsonl, one line an image, and draws nothing:
+
+    python rollout.py --curate rollouts/base --min-range 0.2 --out curated.jsonl     # prompts whose images differ (Sec. 4.2)
+    python rollout.py --calibrate rollouts/base                                      # before choosing reward weights
+    python rollout.py --compare base=rollouts/base rl=rollouts/rl --out compared     # Table 1 and Fig. 4
+
+An image depends on model, prompt, its place in the prompt file, seed and number alone. For one --rollout-batch that holds bit for
+bit on a CPU, for any number of images and ranks: a batch holds one prompt and is always full.
+
+Differs from the paper:
+  1. The composite reward of curation is the weighted sum of the rewards, each scaled by its declared range. The paper does not
+     say how rewards compose outside training, where Eq. 13 makes every group's spread the same.
+  2. Votes come from rewards, not from people: of two images of one prompt and seed the higher score wins, a near tie counts half
+     for both. A judge that a checkpoint was trained on is marked.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from model import (
+    UNDEFINED, Request, Sampler, compute_dtype, encode_prompts, find_model, generate, image_grid_png, load_prompts, load_rewards,
+    load_vae, materialise, move_judges, new_transformer, read_config, sampling_settings, setup, write_text)
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+ELO = 400 / math.log(10)  # rating points per unit of log-odds
+PRIOR = 2.0  # std of the prior on ratings, in log-odds: keeps a checkpoint that never loses finite
+
+# ---- 1. arguments --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("draw").add_argument
+    add("prompt", nargs="*", help="prompts, or instructions with --source")
+    add("--prompts", metavar="FILE", help="prompt file: JSON Lines, or .txt")
+    add("--source", nargs="+", default=[], metavar="FILE", help="source images that every PROMPT edits")
+    add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
+    add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40")
+    add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 4)")
+    add("--seed", type=int, default=0, help="decides all noise (default: %(default)s)")
+    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: the group size, at most 8)")
+    add("--reward", nargs="+", default=[], metavar="R", help="score the images; the same forms as in grpo.py")
+    add("--name", help="directory under rollouts/ (default: a number)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    add = parser.add_argument_group("use what was drawn and scored").add_argument
+    add("--curate", nargs="+", metavar="DIR", help="write the prompts whose images differ in composite reward")
+    add("--min-range", type=float, metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
+    add("--quantile", type=float, default=0.5, metavar="Q",
+        help="without --min-range: keep what exceeds this quantile of its category's ranges (default: %(default)s)")
+    add("--calibrate", nargs="+", metavar="DIR", help="print how the rewards relate within groups, per category")
+    add("--compare", nargs="+", metavar="NAME=DIR", help="checkpoints drawn with the same prompts and seed; the first is the base")
+    add("--vote", default="composite", metavar="R", help="reward that decides the pairwise votes (default: %(default)s)")
+    add("--tie", type=float, default=0.02, metavar="X", help="votes closer than X standard deviations are ties (default: %(default)s)")
+    add("--out", metavar="PATH", help="what --curate (default: curated.jsonl) or --compare (default: compared/) writes")
+    return parser.parse_args(argv)
+
+
+# ---- 2. records ----------------------------------------------------------------------------------------------
+
+
+def composite(scores, rewards, category):
+    """Weighted sum of one image's scores {name: number}, each scaled to [0, 1] by its reward's range (difference 1). An undefined
+    reward is dropped and the others make up for it; None where one failed or none is left."""
+    total = mass = 0.0
+    for reward in rewards:
+        weight, score = reward.categories.get(category, reward.weight), scores[reward.name]
+        if weight and score != UNDEFINED:
+            low, high = reward.range
+            total, mass = total + weight * (score - low) / (high - low), mass + weight
+    return total / mass if mass and math.isfinite(total) else None
+
+
+def read_records(path):
+    """The lines of a rollouts.jsonl, or of the directory that holds it, by prompt and image, each with its `folder`.
+
+    A last line that was cut off is dropped with a notice; any other bad line is an error that names it.
+    """
+    path = Path(path) / "rollouts.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; draw it with rollout.py --prompts FILE --reward R")
+    records, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line) | {"folder": path.parent})
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            print(f"{path}:{number}: the last line was cut off; dropped")
+    return sorted(records, key=lambda record: (record["id"], record["image"]))
+
+
+def read_all(paths):
+    """Records of several rollouts as one, their prompts numbered through."""
+    records, first = [], 0
+    for part in map(read_records, paths):
+        records += [record | {"id": record["id"] + first} for record in part]
+        first = records[-1]["id"] + 1 if records else 0
+    return records
+
+
+def by_prompt(records):
+    """The first record of every prompt, in the order of the rows of `score_array`."""
+    return [record for _, record in sorted({record["id"]: record for record in reversed(records)}.items())]
+
+
+def reward_names(records):
+    """The rewards of scored records and, last, the composite."""
+    names = list(dict.fromkeys(name for record in records for name in record.get("rewards", ())))
+    if not names:
+        raise ValueError("these images were not scored; give --reward when they are drawn")
+    return [*names, "composite"]
+
+
+def score_array(records, name):
+    """Scores by one reward, or the composite: (P, G), NaN where there is none."""
+    row = {record["id"]: i for i, record in enumerate(by_prompt(records))}
+    scores = np.full((len(row), 1 + max(record["image"] for record in records)), np.nan)
+    for record in records:
+        score = record["composite"] if name == "composite" else record["rewards"].get(name)
+        scores[row[record["id"]], record["image"]] = np.nan if score is None else score
+    return scores
+
+
+def category_rows(records):
+    """{category: rows of `score_array`}."""
+    rows = {}
+    for i, record in enumerate(by_prompt(records)):
+        rows.setdefault(record["category"], []).append(i)
+    return rows
+
+
+def table_rows(records):
+    """`category_rows` under a first one, "all"; nothing else if there is one category."""
+    rows = category_rows(records)
+    everything = {"all": sorted(sum(rows.values(), []))}
+    return everything | rows if len(rows) > 1 else everything
+
+
+def group_ranges(scores):
+    """Largest minus smallest score of each group (Sec. 4.2); NaN with fewer than two scores: (P, G) -> (P,)."""
+    valid = np.isfinite(scores)
+    high, low = (f(np.where(valid, scores, worst), axis=1) for f, worst in ((np.max, -np.inf), (np.min, np.inf)))
+    return np.where(valid.sum(1) > 1, high - low, np.nan)
+
+
+def number(x, form=".3f"):
+    return format(x, form) if np.isfinite(x) else "-"
+
+
+def mean(x):
+    """Mean of what is there; NaN of nothing."""
+    x = np.asarray(x, dtype=float)
+    return x[np.isfinite(x)].mean() if np.isfinite(x).any() else np.nan
+
+
+def table(header, rows):
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def score_table(records):
+    """Per category and reward: how many images have a score, mean, spread, mean range within a group."""
+    lines = []
+    for category, rows in table_rows(records).items():
+        for name in reward_names(records):
+            scores = score_array(records, name)[rows]
+            found = scores[np.isfinite(scores)]
+            if len(found):
+                lines.append([category, name, f"{len(found)}/{scores.size}", number(found.mean()), number(found.std()),
+                              number(mean(group_ranges(scores)))])
+    return table(["category", "reward", "scored", "mean", "std", "mean range in a group"], lines)
+
+
+# ---- 3. curation and calibration (Sec. 4.2) ------------------------------------------------------------------
+
+
+def curate(records, min_range, quantile):
+    """Prompts whose intra-group range of the composite exceeds `min_range` or, if that is None, the quantile of their category.
+
+    Returns the ranges (P,) and whether each prompt is kept (P,).
+    """
+    reward_names(records)  # an error if nothing was scored
+    ranges = group_ranges(score_array(records, "composite"))
+    keep = np.zeros(len(ranges), bool)
+    for rows in category_rows(records).values():
+        limit = np.nanquantile(ranges[rows], quantile) if min_range is None else min_range
+        keep[rows] = ranges[rows] > limit
+    return ranges, keep
+
+
+def write_curated(records, ranges, keep, out):
+    """The kept prompts as a prompt file, each with its range and its mean composite."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for record, scores, span, kept in zip(by_prompt(records), score_array(records, "composite"), ranges, keep):
+        line = {"prompt": record["prompt"], "category": record["category"], "range": round(span, 4), "mean": round(mean(scores), 4)}
+        if record["source"]:
+            line["source"] = [os.path.relpath(record["folder"] / path, out.parent) for path in record["source"]]
+        lines += [json.dumps(line)] if kept else []
+    write_text(out, "\n".join(lines))
+
+
+def histogram(values, bins=12, width=50):
+    """A histogram as text."""
+    counts, edges = np.histogram(values[np.isfinite(values)], bins)
+    return "\n".join(f"{low:6.3f} - {high:.3f}  {'#' * math.ceil(width * count / max(1, counts.max())):<{width}} {count}"
+                     for count, low, high in zip(counts, edges, edges[1:]))
+
+
+def within_correlation(a, b):
+    """Mean Pearson correlation of two rewards within groups: (P, G), (P, G) -> float, NaN where no group has one."""
+    found = []
+    for x, y in zip(a, b):
+        x, y = (v[np.isfinite(x) & np.isfinite(y)] for v in (x, y))
+        if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            found.append(np.corrcoef(x, y)[0, 1])
+    return mean(found)
+
+
+def calibration_table(records):
+    """Per category and reward: the share of constant groups, the mean range, the correlation with the other rewards in a group."""
+    lines, names = [], reward_names(records)[:-1]
+    scores = {name: score_array(records, name) for name in names}
+    for category, rows in table_rows(records).items():
+        for name in names:
+            ranges, size = group_ranges(scores[name][rows]), np.nan_to_num(np.abs(scores[name][rows])).max(1)
+            known = np.isfinite(ranges)
+            constant = mean(ranges[known] <= 1e-4 * size[known])  # as in group_advantage
+            others = (number(within_correlation(scores[name][rows], scores[other][rows]), "+.2f") for other in names)
+            lines.append([category, name, number(constant, ".1%"), number(mean(ranges)), *others])
+    return table(["category", "reward", "constant groups", "mean range", *(f"r with {name}" for name in names)], lines)
+
+
+# ---- 4. comparison (Sec. 5) ----------------------------------------------------------------------------------
+
+
+def check_comparable(players):
+    """{name: records} must be the same prompts, categories, seed and image numbers."""
+    meaning = lambda r: (r["id"], r["image"], r["prompt"], r["category"], r["seed"])  # noqa: E731
+    base, *others = ({meaning(record) for record in records} for records in players.values())
+    for name, other in zip(list(players)[1:], others):
+        if base ^ other:
+            raise ValueError(f"{name}: {max(len(base - other), len(other - base))} images are of other prompts, categories or seeds "
+                             f"than {next(iter(players))}'s; draw all from one prompt file with the same --seed and --group-size")
+
+
+def trained_on(records):
+    """Rewards that the checkpoint of these records was trained on; if one is among their rewards, so is the composite."""
+    names = set(records[0].get("trained_on", ()))
+    return names | ({"composite"} if names & set(records[0].get("rewards", ())) else set())
+
+
+def resample(count, draws, seed=0):
+    """Prompts drawn with replacement, how often each: (draws, count)."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+
+
+def mean_difference(base, scores, draws=2000):
+    """Paired difference of two (P, G) arrays and its 95% bootstrap interval over prompts: (difference, low, high)."""
+    gain = scores - base
+    total, count = np.nansum(gain, 1), np.isfinite(gain).sum(1)                                              # (P,)
+    if not count.any():
+        return np.nan, np.nan, np.nan
+    times = resample(len(gain), draws)
+    sums, counts = times @ total, times @ count                                                              # (draws,)
+    low, high = np.quantile((sums / np.maximum(counts, 1))[counts > 0], [0.025, 0.975])
+    return total.sum() / count.sum(), low, high
+
+
+def compare_means(players):
+    """{category: {reward: {player: {mean, difference, interval}}}}: the form of Table 1."""
+    base, found = next(iter(players.values())), {}
+    for category, rows in table_rows(base).items():
+        for reward in reward_names(base):
+            arrays = {name: score_array(records, reward)[rows] for name, records in players.items()}
+            first = next(iter(arrays.values()))
+            for name, scores in arrays.items():
+                difference, low, high = mean_difference(first, scores)
+                found.setdefault(category, {}).setdefault(reward, {})[name] = {
+                    "mean": mean(scores), "difference": difference, "interval": [low, high],
+                    "trained_on": reward in trained_on(players[name])}
+    return found
+
+
+def count_votes(scores, tie):
+    """Images on which i beats j, a tie counting half for both: scores of n players (n, P, G) -> (P, n, n)."""
+    margin = tie * np.nanstd(scores)
+    difference = scores[:, None] - scores[None]                                                              # (n, n, P, G)
+    won = (difference > margin) + 0.5 * (np.abs(difference) <= margin)  # NaN wins nothing
+    won[np.arange(len(scores)), np.arange(len(scores))] = 0
+    return won.sum(-1).transpose(2, 0, 1)
+
+
+def ratings(wins):
+    """Bradley-Terry ratings on the Elo scale, mean 1000, from wins (n, n): maximum a posteriori under N(0, PRIOR^2)."""
+    games, x = wins + wins.T, np.zeros(len(wins))
+    reached = np.linalg.matrix_power((games > 0) + np.eye(len(wins)), len(wins)) > 0
+    if not reached.all():
+        raise ValueError("no chain of votes joins all checkpoints, so one scale cannot hold them")
+    for _ in range(50):  # Newton's method on a concave function
+        p = 1 / (1 + np.exp(x[None] - x[:, None]))                                                           # (n, n) i beats j
+        gradient, curvature = (wins - games * p).sum(1) - x / PRIOR**2, games * p * (1 - p)
+        step = np.linalg.solve(np.diag(curvature.sum(1) + 1 / PRIOR**2) - curvature, gradient)
+        x = x + step
+        if np.abs(step).max() < 1e-9:
+            break
+    return 1000 + ELO * (x - x.mean())
+
+
+def rating_intervals(votes, draws=300):
+    """Ratings of votes (P, n, n) and their 95% bootstrap intervals over prompts: (n,), (n,), (n,)."""
+    times = resample(len(votes), draws)
+    low, high = np.quantile([ratings(np.tensordot(row, votes, 1)) for row in times], [0.025, 0.975], axis=0)
+    return ratings(votes.sum(0)), low, high
+
+
+def compare_ratings(players, reward, tie):
+    """{category: {player: {rating, interval, trained_on}}}: the form of Fig. 4."""
+    if reward not in reward_names(next(iter(players.values()))):
+        raise ValueError(f"--vote {reward}: these images were scored by {', '.join(reward_names(next(iter(players.values()))))}")
+    votes = count_votes(np.stack([score_array(records, reward) for records in players.values()]), tie)
+    return {category: {name: {"rating": r, "interval": [a, b], "trained_on": reward in trained_on(players[name])}
+                       for name, r, a, b in zip(players, *rating_intervals(votes[rows]))}
+            for category, rows in table_rows(next(iter(players.values()))).items()}
+
+
+def comparison_text(players, means, elo, vote, tie):
+    """Both tables as Markdown; a star marks a judge that the checkpoint was trained on."""
+    base, *others = players
+    lines = [[category, reward, f"{cells[base]['mean']:.3f}",
+              *("{}{} ({} [{}, {}])".format(number(cell["mean"]), "*" * cell["trained_on"], *(
+                  number(x, "+.3f") for x in (cell["difference"], *cell["interval"]))) for cell in map(cells.get, others))]
+             for category, rewards in means.items() for reward, cells in rewards.items()]
+    rated = [[category, *("{:.0f}{} [{:.0f}, {:.0f}]".format(cell["rating"], "*" * cell["trained_on"], *cell["interval"])
+                          for cell in cells.values())] for category, cells in elo.items()]
+    return "\n".join([
+        f"Means of {len(players[base])} images each; in brackets the paired difference from {base} and its 95% interval.", "",
+        table(["category", "reward", *players], lines), "",
+        f"Elo from pairwise votes by {vote} (ties within {tie:g} standard deviations), with 95% intervals.", "",
+        table(["category", *players], rated), "", "A star marks a judge that the checkpoint was trained on."])
+
+
+def compare(players, vote, tie, out):
+    """Means, ratings and side-by-side pictures of checkpoints {name: records}, printed and written to `out`."""
+    check_comparable(players)
+    means, elo = compare_means(players), compare_ratings(players, vote, tie)
+    text = comparison_text(players, means, elo, vote, tie)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "comparison.md", text)
+    write_text(out / "comparison.json", json.dumps({"vote": vote, "tie": tie, "means": means, "elo": elo}, indent=2))
+    shown = [[(f"{name}: {record['prompt']}", Image.open(record["folder"] / record["file"])) for record in by_prompt(records)[:24]]
+             for name, records in players.items()]
+    image_grid_png(out / "comparison.png", *shown)
+    print(f"{text}\n\nwrote {out}/comparison.md, .json and .png")
+
+
+# ---- 5. drawing ----------------------------------------------------------------------------------------------
+
+
+def open_folder(args, rank):
+    """rollouts/NAME: new, or that of an interrupted job with the same arguments."""
+    count, folder = 1, Path("rollouts") / (args.name or "1")
+    while not args.name and folder.exists():
+        count, folder = count + 1, Path("rollouts") / str(count + 1)
+    settings = {k: v for k, v in vars(args).items() if k in (
+        "prompt", "prompts", "source", "model", "group_size", "size", "sampler_steps", "cfg", "seed", "rollout_batch", "reward")}
+    before = read_config(folder / "args.json") if (folder / "args.json").exists() else settings
+    changed = [f"--{key.replace('_', '-')}" for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        raise ValueError(f"{folder} was drawn with other values of {', '.join(changed)}; choose another --name")
+    dist.barrier()  # every rank has looked before rank 0 creates it
+    if rank == 0:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        write_text(folder / "args.json", json.dumps(settings, indent=2))
+        gather(folder)
+    dist.barrier()
+    return folder
+
+
+def gather(folder):
+    """What all ranks wrote, and what was there before, as one rollouts.jsonl in order; returns its records."""
+    parts = sorted(folder.glob("rollouts.*.jsonl"))
+    paths = [path for path in (folder / "rollouts.jsonl", *parts) if path.exists()]
+    records = {(record["id"], record["image"]): record for path in paths for record in read_records(path)}
+    records = [records[key] for key in sorted(records)]
+    if parts:
+        lines = [json.dumps({key: value for key, value in record.items() if key != "folder"}) for record in records]
+        write_text(folder / "rollouts.jsonl.part", "\n".join(lines))
+        os.replace(folder / "rollouts.jsonl.part", folder / "rollouts.jsonl")
+        for path in parts:
+            path.unlink()
+    return records
+
+
+def new_record(request, i, g, seed, folder, rewards, scored, trained):
+    """One line of rollouts.jsonl; `scored` holds (score, why) of every reward."""
+    scores = {reward.name: score for reward, (score, _) in zip(rewards, scored)}
+    record = {"id": i, "prompt": request.prompt, "category": request.category, "image": g, "seed": seed,
+              "file": f"images/{i:06d}-{g:02d}.png", "source": [os.path.relpath(path, folder) for path in request.sources]}
+    if rewards:
+        record |= {"rewards": {name: score if math.isfinite(score) else None for name, score in scores.items()},
+                   "undefined": [name for name, score in scores.items() if score == UNDEFINED],
+                   "failed": [why for _, why in scored if why], "composite": composite(scores, rewards, request.category),
+                   "trained_on": trained}
+    return record
+
+
+def draw(args):
+    """Sample, score and write a group for every prompt. Rewards work on one group while the next is sampled."""
+    rank, world, device = setup()
+    root, dtype, cuda = find_model(args.model), compute_dtype(device), device.type == "cuda"
+    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
+    requests = load_prompts(args.prompts) if args.prompts else []
+    requests += [Request(prompt, sources=tuple(args.source)) for prompt in args.prompt]
+    G, batch = args.group_size, args.rollout_batch or min(8, args.group_size)
+    folder = open_folder(args, rank)
+    done = {(r["id"], r["image"]) for r in read_records(folder)} if (folder / "rollouts.jsonl").exists() else set()
+    todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
+    if rank == 0:
+        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, guidance {cfg:g}"
+              + f"; {len(requests) - len(todo)} prompts are there already" * (len(todo) < len(requests)))
+    mine = todo[rank::world]
+    vae = load_vae(root, device, dtype)
+    encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, 256 * grid[0] * grid[1], device)
+    sampler = Sampler(materialise(new_transformer(root, dtype), root, device).requires_grad_(False),
+                      cuda if args.graph is None else args.graph)
+    rewards = load_rewards(args.reward, root, dtype, {}) if args.reward else []
+    move_judges(rewards, device)
+    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device)) for _ in rewards]
+    trained = read_config(root / "model_index.json").get("_sampling", {}).get("trained_on", [])
+
+    def write(file, i, images, futures):
+        scored = [future.result() for future in futures]
+        for g, image in enumerate(images):
+            record = new_record(requests[i], i, g, args.seed, folder, rewards, [row[g] for row in scored], trained)
+            image.save(folder / record["file"])
+            file.write(json.dumps(record) + "\n")
+        file.flush()
+
+    waiting = None
+    with open(folder / f"rollouts.{rank}.jsonl", "a") as file:
+        for i in tqdm(mine, disable=rank > 0, dynamic_ncols=True):
+            images = []
+            for first in range(0, G, batch):  # filled up with copies, so that shapes and so the bits do not depend on G
+                keys = [(0, i, min(g, G - 1)) for g in range(first, first + batch)]
+                (_, pictures, _), = generate(sampler, vae, encoded, keys, grid, t, torch.zeros(len(t) - 1), cfg, args.seed, batch)
+                images += pictures[:G - first]
+            futures = [pool.submit(reward, images, [requests[i]] * G) for pool, reward in zip(pools, rewards)]
+            if waiting:
+                write(file, *waiting)
+            waiting = i, images, futures
+        if waiting:
+            write(file, *waiting)
+    dist.barrier()
+    if rank == 0:
+        show(folder, gather(folder))
+    dist.barrier()
+
+
+def show(folder, records):
+    """Print the scores, what failed, and where everything is; save a grid of the first prompts, a row each."""
+    if "rewards" in records[0]:
+        print(score_table(records))
+        reasons = [why for record in records for why in record["failed"]]
+        if reasons:
+            print(f"{len(reasons)} scores failed, the first: {reasons[0]}")
+    rows = {record["id"]: [] for record in records}
+    for record in records:
+        score = record.get("composite")
+        label = record["prompt"] if score is None else f"{score:.2f} {record['prompt']}"
+        rows[record["id"]].append((label, folder / record["file"]))
+    first = [[(label, Image.open(path)) for label, path in row[:8]] for row in list(rows.values())[:12]]
+    image_grid_png(folder / "grid.png", *first)
+    print(f"{len(records)} images in {folder / 'images'}, the first in {folder / 'grid.png'}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.prompt or args.prompts:
+        draw(args)
+    elif not (args.curate or args.calibrate or args.compare):
+        raise ValueError("nothing to do: give a prompt, --prompts FILE, --curate, --calibrate or --compare")
+    if args.curate:
+        records, out = read_all(args.curate), Path(args.out or "curated.jsonl")
+        ranges, keep = curate(records, args.min_range, args.quantile)
+        write_curated(records, ranges, keep, out)
+        print(f"intra-group range of the composite reward\n{histogram(ranges)}")
+        counts = [[name, str(keep[rows].sum()), str(len(rows))] for name, rows in table_rows(records).items()]
+        print(f"{table(['category', 'kept', 'of'], counts)}\nwrote {keep.sum()} prompts to {out}")
+    if args.calibrate:
+        print(calibration_table(read_all(args.calibrate)))
+    if args.compare:
+        players = {name: read_records(path) for name, _, path in (spec.partition("=") for spec in args.compare)}
+        compare(players, args.vote, args.tie, Path(args.out or "compared"))
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
