@@ -22,12 +22,15 @@ Differs from the paper:
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
      no rule. Groups wait for their own scores, the first update for all.
+The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid); --guided-objective, both; --cfg 1,
+neither.
 """
 
 import argparse
 import gc
 import json
 import math
+import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -35,15 +38,16 @@ from pathlib import Path
 
 from model import (
     UNDEFINED, Sampler, VLMScorer, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
-    forward_flops, gaussian_logp, generate, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
+    forward_flops, gaussian_logp, generate, guided_velocity, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards,
     load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, noise_levels, own_rows, park,
-    sampling_settings, save_checkpoint, save_model, sde_mean_std, setup, shard, synchronise, write_text)
+    sampling_settings, save_checkpoint, save_model, sde_mean_std, setup, shard, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 CPU = torch.device("cpu")
+BAD_UPDATES = 3  # so many in a row that are not finite stop the run
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
@@ -79,9 +83,12 @@ def parse_args(argv=None):
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=float, metavar="S",
-        help="guidance scale of rollout and evaluation; the objective is unguided (default: the checkpoint's, else 4)")
-    add("--train-timesteps", type=int, default=4, metavar="N",
-        help="sampler steps that are stochastic and trained, spread over the noisier half (Sec. 4.2; default: %(default)s)")
+        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 4)")
+    add("--guided-objective", action="store_true",
+        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
+    add("--train-timesteps", default="4", metavar="STEPS",
+        help="sampler steps that are stochastic and trained (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
+             "all; or a list as 0,2,3 (default: %(default)s)")
     add("--noise-level", type=float, default=1.2, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -101,15 +108,20 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- 2. rollout ----------------------------------------------------------------------------------------------
+# ---- 2. rollout (same in grpo, nft) --------------------------------------------------------------------------
 
 
-def trained_steps(count, total):
-    """`count` of the sampler's steps, spread evenly over the noisier half of the grid, ends included."""
+def trained_steps(spec, total):
+    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included; that half; all; a list."""
     half = max(1, total // 2)
-    if not 1 <= count <= half:
-        raise ValueError(f"--train-timesteps {count}: want 1 to {half}, half of the {total} sampler steps")
-    return [round(i * (half - 1) / max(1, count - 1)) for i in range(count)]
+    if spec in ("half", "all"):
+        return list(range(half if spec == "half" else total))
+    steps = [int(k) for k in spec.split(",") if k.strip().isdecimal()]
+    if "," in spec and steps and max(steps) < total:
+        return sorted(set(steps))
+    if "," in spec or not steps or not 1 <= steps[0] <= half:
+        raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
+    return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
 def await_scores(futures, arrived, count):
@@ -165,16 +177,23 @@ def grpo_loss(v, v_old, x, x_next, t, dt, sigma, advantage, clip_eps):
     return loss.sum(), ratio.detach()
 
 
+def guided_offset(v_old, x, x_next, t, dt, sigma):
+    """How far guidance moved the mean of the sampled steps from the unguided one, squared, in units of the step's std sigma
+    sqrt(-dt): (B,). It is what the noise that explains x_next has beyond its variance of 1; the hybrid's bias."""
+    mean_old, std = sde_mean_std(x, v_old, t, dt, sigma)
+    return ((x_next - mean_old) / std).pow(2).mean(dim=(1, 2)) - 1
+
+
 def kl_loss(v, v_ref):
     """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
     return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
 
 
-# ---- 5. setup (same in grpo, nft, opd) -----------------------------------------------------------------------
+# ---- 5. the run (same in grpo, nft) --------------------------------------------------------------------------
 
 
 def open_run(args, rank):
-    """runs/NAME for this run: made new, or checked to be the one that --resume continues."""
+    """runs/NAME for this run: made new, with args.json, or checked to be the one that --resume continues."""
     names = [Path(spec.partition("=")[0]).stem for spec in args.reward]
     stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
     run, number = Path("runs") / stem, 2
@@ -188,13 +207,13 @@ def open_run(args, rank):
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
         return run
-    if args.name and run.exists():
+    if args.name and (run / "args.json").exists():
         raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
-    while run.exists():
+    while (run / "args.json").exists():
         run, number = Path("runs") / f"{stem}-{number}", number + 1
     dist.barrier()  # every rank has looked before rank 0 creates it
     if rank == 0:
-        (run / "samples").mkdir(parents=True)
+        (run / "samples").mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -212,33 +231,14 @@ def rank_share(ids, updates, rank, world):
     return [ids[update::updates][rank::world] for update in range(updates)]
 
 
-def step_record(parts, rewards):
-    """A log line's statistics from what every rank gathered in a step."""
-    scores, advantage = torch.cat([p["scores"] for p in parts], dim=1), torch.cat([p["advantage"] for p in parts])
-    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
-    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
-    kl = [value for part in parts for value in part["kl"]]
-    return {
-        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
-        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
-        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
-        "failed": scores.isnan().sum().item(),
-        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
-        "undefined": (scores == UNDEFINED).sum().item(), "advantage_abs": advantage.abs().mean().item(),
-        "constant_groups": (advantage == 0).all(-1).float().mean().item(),
-        "ratio_dev": [max(values) for values in zip(*(part["ratio_dev"] for part in parts))],
-        "clip_frac": [sum(values) / len(parts) for values in zip(*(part["clip_frac"] for part in parts))],
-        "kl": sum(kl) / max(1, len(kl))}
-
-
-def read_log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_log(path, log, new):
-    """Append the last line; a new or resumed run writes all of its lines."""
-    with open(path, "w" if new else "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
+def apply_update(optimizer, params, loss, grad_clip):
+    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).full_tensor()
+    finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item(), finite
 
 
 def check_failures(step, reasons, scores, limit):
@@ -248,6 +248,35 @@ def check_failures(step, reasons, scores, limit):
         return None
     table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
     return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
+
+
+def step_record(parts, rewards):
+    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
+    scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
+                                  for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
+    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
+    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
+    return {
+        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
+        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
+        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
+        "failed": scores.isnan().sum().item(),
+        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
+        "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
+        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
+        **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
+
+
+def read_log(path, steps):
+    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again."""
+    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if path.exists() else []
+
+
+def write_log(path, log, new):
+    """Append the last line; a new or resumed run writes all of its lines."""
+    with open(path, "w" if new else "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
 
 
 def report(run, rewards, before, after, title):
@@ -271,8 +300,11 @@ def interval(before, after):
 
 
 def main(argv=None):
+    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
+    stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     cuda, dtype = device.type == "cuda", compute_dtype(device)
     root = find_model(args.model)
     policy = new_transformer(root, torch.float32)
@@ -287,8 +319,10 @@ def main(argv=None):
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    trained = trained_steps(args.train_timesteps, K)
+    branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
-    # ---- 6. data (same in grpo, nft, opd) --------------------------------------------------------------------
+    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
@@ -296,47 +330,56 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
-    # ---- 7. models -------------------------------------------------------------------------------------------
+    # ---- 8. models -------------------------------------------------------------------------------------------
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    reference = park(own_rows(policy), dtype) if args.kl_coef else None
+    reference = park(own_rows(policy), dtype) if args.kl_coef else []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
     rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
-    trained = trained_steps(args.train_timesteps, K)
     sigma = noise_levels(t, trained, args.noise_level)
     schedule = torch.stack([t[:-1], t.diff(), sigma])[:, :, None, None].to(device)                           # (3, K, 1, 1)
     keep = {k for step in trained for k in (step, step + 1)}
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
-             for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
-    peak = matmul_peak(device)
-    if rank == 0:
-        write_text(run / "args.json", json.dumps(vars(args), indent=2))
-        size = sum(param.numel() for param in policy.parameters())
-        print(f"{run}: {size:,} parameters on {world} x {device.type}; {P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
-        for reward in rewards:
-            weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
-            print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
+    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
+    memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
+              "slot": sum(param.nbytes for param in slot.parameters()), "sampled states": 4 * state_floats * len(keep),
+              "frozen velocities": 4 * state_floats * len(trained) * (1 + bool(reference)),
+              "reference in host memory": sum(row.nbytes for row in reference)}
 
     def rows(states, group, micro):
         """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""
         x, x_next = (torch.stack([states[k + d][group, g] for k, g in micro]) for d in (0, 1))
         return x, x_next, *schedule[:, [k for k, _ in micro]]
 
+    # ---- 9. frozen velocities and held-out pictures (same in grpo, nft) --------------------------------------
+    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
+             for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
+    peak = matmul_peak(device)
+    if rank == 0:
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
+        size = sum(param.numel() for param in policy.parameters())
+        print(f"{run}: {size:,} parameters on {world} x {device.type}; "
+              f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
+        print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
+              f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
+        print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
+        for reward in rewards:
+            weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
+            print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
+
     @torch.no_grad()
     def frozen_velocities(ids, states):
-        """Unguided velocities of the slot's tenant on the very micro-batches that will be trained: {(group, m): v}."""
+        """Velocities by the slot's tenant on the very micro-batches that will be trained: {(group, m): v}."""
         velocities = {}
         for group, i in enumerate(ids):
-            prefix = slot.prefix([encoded[i][0]], grid)
+            prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
             for m, micro in enumerate(micro_batches):
                 x, _, t_rows, *_ = rows(states, group, micro)
-                velocities[group, m] = slot.velocity(x, t_rows.flatten(), prefix)
+                velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
         return velocities
 
     def heldout_images(ids, number):
@@ -361,8 +404,8 @@ def main(argv=None):
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
         return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
-    # ---- 8. train --------------------------------------------------------------------------------------------
-    log = read_log(run / "log.jsonl")[:start] if args.resume else []
+    # ---- 10. train -------------------------------------------------------------------------------------------
+    log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
@@ -382,7 +425,7 @@ def main(argv=None):
             asked = [requests[i] for _, i, _ in chunk]
             futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
         states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in keep}      # (groups, G, N, C)
-        synchronise(device)
+        cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # frozen velocities, before the first update (difference 3)
@@ -390,7 +433,9 @@ def main(argv=None):
         if reference:
             fill(slot, reference)
             v_ref = frozen_velocities(ids, states)
-        synchronise(device)
+        offsets = [guided_offset(v, *rows(states, group, micro_batches[m])) for (group, m), v in v_old.items()]
+        offsets = torch.cat(offsets).view(len(ids), len(trained), G).mean((0, 2)).clamp(min=0).sqrt()        # per trained step
+        cuda and torch.cuda.synchronize()
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # local judges leave before training; other rewards are waited for group by group
@@ -401,32 +446,33 @@ def main(argv=None):
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # updates, each on its own groups
-        ratio_dev, clip_frac, grad_norm, kl, waited_seconds = [], [], [], [], 0.0
-        weights = torch.tensor([[r.categories.get(requests[i].category, r.weight) for i in ids] for r in rewards])
+        ratio_dev, clip_frac, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], [], 0.0, 0
+        weights = torch.tensor([[reward.weigh(requests[i]) for i in ids] for reward in rewards])
         scores, advantage = weights.new_empty(*weights.shape, G), weights.new_empty(len(ids), G)             # (K, groups, G)
         groups = len(ids) // U
         scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
-            ratios = []
+            ratios, total, kl = [], torch.zeros((), device=device), torch.zeros((), device=device)
             for group in range(update * groups, (update + 1) * groups):
                 waited_seconds += await_scores(futures, arrived, (group + 1) * G)
                 scores[:, group] = torch.tensor([[score for score, _ in row] for row in arrived[group * G:(group + 1) * G]]).T
                 advantage[group] = group_advantage(scores[:, [group]], weights[:, [group]])                  # Eq. 4, 13
-                prefix = policy.prefix([encoded[ids[group]][0]], grid)
-                leaves = detach_prefix(prefix)
+                prefixes = [policy.prefix([prompt], grid) for prompt in encoded[ids[group]][:branches]]
+                leaves = [*map(detach_prefix, prefixes)]
                 for m, micro in enumerate(micro_batches):
                     x, x_next, *step_rows = rows(states, group, micro)
-                    v = policy.velocity(x, step_rows[0].flatten(), leaves)                                   # (B, N, C) unguided
+                    v = guided_velocity(policy, x, step_rows[0].flatten(), *leaves, cfg=cfg)                 # (B, N, C)
                     a = advantage[group, [g for _, g in micro]].to(device)                                   # (B,)
                     loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, *step_rows, a, args.clip_eps)
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
-                        loss = loss + args.kl_coef * penalty
-                        kl.append(penalty.item() / len(micro))
+                        loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
                     ratios.append(ratio)
+                    total += loss.detach()
                     (loss * scale).backward()
-                backward_prefix(prefix, leaves)
-                del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
+                for prefix, leaf in zip(prefixes, leaves):
+                    backward_prefix(prefix, leaf)
+                del prefixes, prefix, leaves, leaf, v, loss  # the next group's prefix must not stand beside this one
             if update == 0:  # nothing is trained on a step that cannot be trusted
                 waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
@@ -435,35 +481,47 @@ def main(argv=None):
                     if step > start:
                         save_checkpoint(run / "checkpoint", step, policy, optimizer)
                     raise RuntimeError(trouble)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm, stepped = apply_update(optimizer, policy.parameters(), total, args.grad_clip)
+            bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
+            if bad == BAD_UPDATES:
+                save_checkpoint(run / "checkpoint", step, policy, optimizer)
+                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
+                                   "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
             deviation = (torch.cat(ratios) - 1).abs()
             ratio_dev.append(deviation.max().item())
             clip_frac.append((deviation > args.clip_eps).float().mean().item())
-            grad_norm.append(norm.full_tensor().item())
-        synchronise(device)
+            losses.append(total.item() * scale / world)
+            penalties.append(kl.item() * scale / world)
+            norms.append(norm)
+        cuda and torch.cuda.synchronize()
         train_seconds = time.perf_counter() - clock - waited_seconds
 
         # one line a step
         work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
-        work *= G * (K * (1 + (cfg != 1)) + len(trained) * (4 + (reference is not None)))
+        work *= G * (K * (1 + (cfg != 1)) + branches * len(trained) * (4 + bool(reference)))
         seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
                    "train": train_seconds}
-        parts = all_gather_list([{"scores": scores, "advantage": advantage, "ratio_dev": ratio_dev, "clip_frac": clip_frac,
-                                  "kl": kl, "work": work, "reasons": reasons}])
-        log.append({"step": step, **step_record(parts, rewards), "grad_norm": grad_norm, "seconds": seconds,
+        parts = all_gather_list([{
+            "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": bool(stop),
+            "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "guided_offset": offsets.tolist()},
+            "max": {"ratio_dev": ratio_dev}}])
+        log.append({"step": step, **step_record(parts, rewards), "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
                     "images_per_second": P * G / sum(seconds.values()),
-                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world)})
+                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
-        if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+        ending = any(part["stop"] for part in parts)
+        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+        if ending:
+            print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
+            return
 
-    # ---- 9. done ---------------------------------------------------------------------------------------------
+    # ---- 11. done (same in grpo, nft) ------------------------------------------------------------------------
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))

@@ -11,9 +11,7 @@
 Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
 weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
 gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is block-causal: text is causal,
-every image sees itself and what precedes it. Text and source images are modulated at t = 0.
-
-Equation numbers are those of the Qwen-Image-2.0-RL report.
+every image sees itself and what precedes it. Text and source images are modulated at t = 0. Equation numbers are the report's.
 """
 
 import os
@@ -36,11 +34,11 @@ import textwrap
 import threading
 import time
 import urllib.request
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -53,11 +51,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
@@ -146,8 +145,7 @@ class Attention(nn.Module):
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)  # (B, T, H, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
         if past is None:  # the prefix stream keeps its keys and values for the targets
-            k, v = k.contiguous(), v.contiguous()
-            keep = k, v
+            keep = k, v = k.contiguous(), v.contiguous()
         else:
             k = torch.cat([select_prompts(past[0], index, len(x)).to(k.dtype), k], dim=2)  # (B, H, S+N, head_dim)
             v = torch.cat([select_prompts(past[1], index, len(x)).to(v.dtype), v], dim=2)
@@ -232,8 +230,7 @@ class FlowTransformer(nn.Module):
 
     def embed_time(self, t):
         """Sinusoid of 1000 t in fp32, cos before sin, then two layers. t (B,) fp32 -> (B, D)."""
-        device = t.device
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angles = 1000 * t[:, None] * frequencies  # (B, 128): the one place that fixes the timestep convention
         embedder = self.time_text_embed["timestep_embedder"]
         x = torch.cat([angles.cos(), angles.sin()], dim=-1).to(embedder["linear_1"].weight.dtype)
@@ -359,23 +356,21 @@ class MiddleBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, an optional 2x downsampling, and a parameter-free shortcut around both.
+    """Residual blocks, a 2x downsampling unless `temporal` is None, and a parameter-free shortcut around both.
 
     The shortcut averages the 2x2 pixels (and, in temporal stages, an empty earlier frame) of a channel into the
     output channels: the video autoencoder's shortcut for a single frame.
     """
 
-    def __init__(self, channels, out, blocks, down, temporal):
+    def __init__(self, channels, out, blocks, temporal):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks))
-        self.downsampler = nn.ModuleDict({"resample": nn.Sequential(
-            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out, out, 3, stride=2))}) if down else None
+        self.resnets = nn.Sequential(*(ResBlock(channels if i == 0 else out, out) for i in range(blocks)))
+        self.downsampler = None if temporal is None else nn.ModuleDict({"resample": nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out, out, 3, stride=2))})
         self.out, self.temporal = out, temporal
 
     def forward(self, x):
-        h = x
-        for resnet in self.resnets:
-            h = resnet(h)
+        h = self.resnets(x)
         if self.downsampler is None:
             return h + x.unflatten(1, (self.out, -1)).mean(2)
         pixels = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))  # (B, C, 4, h/2, w/2)
@@ -388,17 +383,15 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """Mirror of DownBlock: the shortcut repeats channels into the 2x2 pixels (and the last of two frames)."""
 
-    def __init__(self, channels, out, blocks, up, temporal):
+    def __init__(self, channels, out, blocks, temporal):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks + 1))
-        self.upsampler = nn.ModuleDict({"resample": nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(out, out, 3, padding=1))}) if up else None
+        self.resnets = nn.Sequential(*(ResBlock(channels if i == 0 else out, out) for i in range(blocks + 1)))
+        self.upsampler = None if temporal is None else nn.ModuleDict({"resample": nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(out, out, 3, padding=1))})
         self.out, self.frames = out, 2 if temporal else 1
 
     def forward(self, x):
-        h = x
-        for resnet in self.resnets:
-            h = resnet(h)
+        h = self.resnets(x)
         if self.upsampler is None:
             return h
         pixels = x.repeat_interleave(self.out * self.frames * 4 // x.shape[1], dim=1)
@@ -410,17 +403,12 @@ class Encoder(nn.Module):
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
-        last = len(dims) - 2
-        self.down_blocks = nn.ModuleList(
-            DownBlock(dims[i], dims[i + 1], blocks, i < last, i < last and temporal[i]) for i in range(last + 1))
+        self.down_blocks = nn.Sequential(*(DownBlock(*stage) for stage in zip(dims, dims[1:], repeat(blocks), [*temporal, None])))
         self.mid_block = MiddleBlock(dims[-1])
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], latent, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(self.down_blocks(self.conv_in(x))))))
 
 
 class Decoder(nn.Module):
@@ -428,16 +416,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
         self.mid_block = MiddleBlock(dims[0])
-        last = len(dims) - 2
-        self.up_blocks = nn.ModuleList(
-            UpBlock(dims[i], dims[i + 1], blocks, i < last, i < last and temporal[i]) for i in range(last + 1))
+        self.up_blocks = nn.Sequential(*(UpBlock(*stage) for stage in zip(dims, dims[1:], repeat(blocks), [*temporal, None])))
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self.up_blocks(self.mid_block(self.conv_in(x))))))
 
 
 class VAE(nn.Module):
@@ -492,7 +475,6 @@ class Processor:
 
     def __init__(self, directory):
         from transformers import AutoImageProcessor, AutoTokenizer
-
         self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
         self.image_processor = AutoImageProcessor.from_pretrained(directory)
         self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -517,18 +499,13 @@ def load_vlm(directory, device, dtype):
     """Any image-text-to-text checkpoint transformers knows, frozen."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 def on_white(image):
-    """What a VLM sees of an RGBA image: its colours over white."""
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
-    return white
+    """What a VLM sees of an image: its colours over white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 @dataclass
@@ -614,8 +591,7 @@ def to_pixels(images):
 
 def to_images(pixels):
     """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
-    array = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(rgba) for rgba in array]
+    return [Image.fromarray(rgba) for rgba in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @torch.no_grad()
@@ -635,11 +611,6 @@ def encode_prompts(root, vae, requests, area, device):
     del encoder
     free_memory(device)
     return encoded
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def free_memory(device):
@@ -672,7 +643,6 @@ def download(name):
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-
     try:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             snapshot_download(name)
@@ -777,7 +747,6 @@ def save_model(directory, base, transformer, guidance, trained_on):
     model_index.json. The directory appears under its name only when it is complete.
     """
     from huggingface_hub import save_torch_state_dict
-
     directory = Path(directory)
     part = directory.with_name(directory.name + ".part")
     if directory.resolve() in (base.resolve(), *(path.resolve().parent for path in base.iterdir())):
@@ -811,33 +780,43 @@ def full_weights(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def save_checkpoint(directory, step, model, optimizer):
+def checkpoint_state(model, optimizer, old):
+    """What a checkpoint holds. old: this rank's rows of other weights of the same model in host memory, if there are any."""
+    weights, moments = get_state_dict(model, optimizer)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = {name: DTensor.from_local(row, mesh, [Shard(0)]) for (name, _), row in zip(model.named_parameters(), old or ())}
+    return {"model": weights, "optimizer": moments, "old": rows}
+
+
+def save_checkpoint(directory, step, model, optimizer, old=None):
     """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete. All ranks call."""
     name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
     if dist.get_rank() == 0:
         remove(part)
     dist.barrier()
     model.reshard()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    try:
+        dcp.save(checkpoint_state(model, optimizer, old), checkpoint_id=part)
+    except (Exception, CheckpointException) as error:
+        raise OSError(f"{part} could not be written; what was saved before is as it was: {error}") from None
     dist.barrier()
     if dist.get_rank() == 0:
         remove(name)
         part.rename(name)
-        for old in directory.glob("step-*"):
-            if old != name:
-                remove(old)
+        for path in directory.glob("step-*"):
+            if path != name:
+                remove(path)
     dist.barrier()
 
 
-def load_checkpoint(directory, model, optimizer):
+def load_checkpoint(directory, model, optimizer, old=None):
     """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one."""
     complete = sorted(path for path in directory.glob("step-*") if path.suffix != ".part")
     if not complete:
         return 0  # stopped before the first save: start over
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=complete[-1])
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state = checkpoint_state(model, optimizer, old)
+    dcp.load(state, checkpoint_id=complete[-1])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(complete[-1].name.removeprefix("step-"))
 
 
@@ -931,7 +910,7 @@ def gaussian_logp(x, mean, std):
     return logp.mean(dim=(1, 2))
 
 
-def guided_velocity(model, x, t, cond, uncond, cfg):
+def guided_velocity(model, x, t, cond, uncond=None, cfg=1.0):
     """Classifier-free guidance v_u + cfg (v_c - v_u); without a second prefix, the conditional velocity."""
     v = model.velocity(x, t, cond)
     if uncond is None:
@@ -969,7 +948,7 @@ class Sampler:
     KEEP = 2  # most recently used shapes; each holds its prompts' keys and values
 
     def __init__(self, model, graphs):
-        self.model, self.graphs, self.entries, self.pool = model, graphs, OrderedDict(), None
+        self.model, self.graphs, self.entries, self.pool = model, graphs, {}, None
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
@@ -1014,13 +993,12 @@ class Sampler:
     def buffers(self, x, cond, uncond):
         shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
         key = (x.shape, shape(cond), shape(uncond))
-        if key not in self.entries:
-            while len(self.entries) >= self.KEEP:
-                self.entries.popitem(last=False)
-            self.entries[key] = SimpleNamespace(
-                x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=deepcopy(cond), uncond=deepcopy(uncond),
-                row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
-        self.entries.move_to_end(key)
+        entry = self.entries.pop(key, None)
+        while len(self.entries) >= self.KEEP:
+            del self.entries[next(iter(self.entries))]  # the one that was used longest ago
+        self.entries[key] = entry or SimpleNamespace(
+            x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=deepcopy(cond), uncond=deepcopy(uncond),
+            row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
         return self.entries[key]
 
     def capture(self, b):
@@ -1074,11 +1052,8 @@ def detach_prefix(prefix):
 
 def backward_prefix(prefix, leaves):
     """Push the gradients that the leaves of `detach_prefix` have gathered through the prefix, once."""
-    tensors, grads = [x for kv in prefix.kv for x in kv], []
-    for x, leaf in zip(tensors, (leaf for kv in leaves.kv for leaf in kv)):
-        grads.append(leaf.grad.to(x.dtype))
-        leaf.grad = None
-    torch.autograd.backward(tensors, grads)
+    kv, grads = ([x for pair in p.kv for x in pair] for p in (prefix, leaves))
+    torch.autograd.backward(kv, [leaf.grad.to(x.dtype) for x, leaf in zip(kv, grads)])
 
 
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
@@ -1109,8 +1084,8 @@ class Reward:
     """One term R_k of Eq. 13.
 
     score(images, prompts, sources) -> per image a number; None where the reward does not apply (no face to preserve);
-    an exception, or NaN, where scoring failed. `categories` {category: weight} takes precedence over `weight`; `range` is
-    the scale on which rewards are compared outside of training.
+    an exception, or NaN, where scoring failed. `categories` {category: weight} takes precedence over `weight`; where the weight
+    is 0 nothing is asked. `range` is the scale on which rewards are compared outside of training.
     """
 
     name: str
@@ -1120,18 +1095,25 @@ class Reward:
     range: tuple = (1.0, 5.0)
     categories: dict = field(default_factory=dict)
 
+    def weigh(self, request):
+        return self.categories.get(request.category, self.weight)
+
     def __call__(self, images, requests):
         """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never raises."""
+        answers, asked = [(UNDEFINED, "")] * len(images), [i for i, request in enumerate(requests) if self.weigh(request)]
         try:
-            scores = self.score(images, [r.prompt for r in requests], [r.images() for r in requests])
-            if len(scores) != len(images):
-                raise ValueError(f"{len(scores)} scores for {len(images)} images")
+            rows = [(images[i], requests[i].prompt, requests[i].images()) for i in asked]
+            scores = self.score(*map(list, zip(*rows))) if rows else []
+            if len(scores) != len(asked):
+                raise ValueError(f"{len(scores)} scores for {len(asked)} images")
             scores = [score if score is None or isinstance(score, Exception) else float(score) for score in scores]
         except Exception as error:  # a reward is anyone's code or service: its failure is counted, not fatal
-            scores = [error] * len(images)
-        failed = [score is not None and (isinstance(score, Exception) or not abs(score) < 1e30) for score in scores]
-        return [(FAILED, f"{self.name}: {score!r}") if bad else (UNDEFINED if score is None else score, "")
-                for score, bad in zip(scores, failed)]
+            scores = [error] * len(asked)
+        for i, score in zip(asked, scores):
+            if score is not None:
+                bad = isinstance(score, Exception) or not abs(score) < 1e30
+                answers[i] = (FAILED, f"{self.name}: {score!r}") if bad else (score, "")
+        return answers
 
 
 def expected_score(logits, tokens):
@@ -1280,23 +1262,20 @@ def score_probabilities(answer):
             return [sum(p for token, p in tops if token == score) for score in SCORES]
 
 
-class FaceIdentity:
-    """Whether an edit keeps who is in the picture (Sec. 3.3): for each source face the best cosine among the output's faces,
-    averaged, at least 0. None (undefined) where the sources show no face, 0 where only the output shows none.
-    embed(image) -> one vector per face."""
+def face_identity(embed):
+    """A reward: whether an edit keeps who is in the picture (Sec. 3.3). embed(image) -> one vector per face.
 
-    def __init__(self, embed):
-        self.embed = embed
-
-    def __call__(self, images, prompts, sources):
-        return [*map(self.similarity, images, sources)]
-
-    def similarity(self, image, sources):
-        old, new = [face for source in sources for face in self.embed(source)], [*self.embed(image)]
+    For each source face the best cosine among the output's faces, averaged, at least 0; None (undefined) where the sources show
+    no face, 0 where only the output shows none.
+    """
+    def similarity(image, sources):
+        old, new = [face for source in sources for face in embed(source)], [*embed(image)]
         if not old or not new:
             return 0.0 if old else None
         old, new = (torch.as_tensor(np.array(faces), dtype=torch.float64) for faces in (old, new))           # (faces, d)
         return F.cosine_similarity(old[:, None], new, dim=-1).amax(1).clamp(min=0).mean().item()
+
+    return lambda images, prompts, sources: [*map(similarity, images, sources)]
 
 
 def insightface_embed():
@@ -1348,7 +1327,7 @@ def open_source(name, entry, folder, root, dtype, vlms):
     if "://" in source:
         return source, RemoteScorer(source, entry.get("rubric") or find_rubric(name), entry.get("reasoning", 0))
     if name == "identity":
-        return source or "insightface", FaceIdentity(load_function(folder / source) if source else insightface_embed())
+        return source or "insightface", face_identity(load_function(folder / source) if source else insightface_embed())
     if ".py:" in source:
         return source, load_function(folder / source)
     zero_shot = not source and not brought.is_dir()
@@ -1492,13 +1471,12 @@ def image_grid_png(path, *rows, columns=8):
 def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}."""
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
-    points = [p for line in series.values() for p in line if all(map(math.isfinite, p))]
-    if not points:
+    series = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in series.items()}
+    if not any(series.values()):
         return
-    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
     right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
-    pad = 0.05 * (high - low)
-    low, high, box = low - pad, high + pad, (64, 36, size[0] - 20, size[1] - 48)
+    low, high, box = low - 0.05 * (high - low), high + 0.05 * (high - low), (64, 36, size[0] - 20, size[1] - 48)
     place = lambda x, y: (box[0] + (x - left) / (right - left) * (box[2] - box[0]),  # noqa: E731
                           box[3] - (y - low) / (high - low) * (box[3] - box[1]))
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
@@ -1512,12 +1490,11 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
     for i, (name, line) in enumerate(series.items()):
-        line = [place(*p) for p in line if all(map(math.isfinite, p))]
-        if dots:
-            for x, y in line:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i % 6])
-        elif len(line) > 1:
-            draw.line(line, fill=colours[i % 6], width=2, joint="curve")
-        draw.rectangle((box[0] + 10, box[1] + 10 + 18 * i, box[0] + 22, box[1] + 20 + 18 * i), fill=colours[i % 6])
-        draw.text((box[0] + 28, box[1] + 8 + 18 * i), name, fill="black", font=font)
+        colour, line, y = colours[i % 6], [place(*p) for p in line], box[1] + 10 + 18 * i
+        for x, y_dot in line if dots or len(line) == 1 else ():
+            draw.ellipse((x - 2, y_dot - 2, x + 2, y_dot + 2), fill=colour)
+        if not dots:
+            draw.line(line, fill=colour, width=2, joint="curve")
+        draw.rectangle((box[0] + 10, y, box[0] + 22, y + 10), fill=colour)
+        draw.text((box[0] + 28, y - 2), name, fill="black", font=font)
     image.save(path)

@@ -102,9 +102,10 @@ def test_kl_is_the_mean_square_velocity_difference():
 
 
 def test_trained_steps_prefer_high_noise():
-    assert trained_steps(3, 8) == [0, 2, 3] and trained_steps(1, 8) == [0] and trained_steps(4, 40) == [0, 6, 13, 19]
+    assert trained_steps("3", 8) == [0, 2, 3] and trained_steps("1", 8) == [0] and trained_steps("4", 40) == [0, 6, 13, 19]
+    assert trained_steps("half", 8) == [0, 1, 2, 3] and trained_steps("all", 3) == [0, 1, 2] and trained_steps("5,0,", 8) == [0, 5]
     with pytest.raises(ValueError, match="--train-timesteps 5"):
-        trained_steps(5, 8)
+        trained_steps("5", 8)
 
 
 def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_evenly():
@@ -199,7 +200,7 @@ def test_editing_with_the_kl_and_several_rewards(tmp_path):
         tmp_path, "--reward", ORACLE, f"alignment={ROOT / 'tests/tiny/world.py'}:alignment_reward", "--steps", "1", "--kl-coef", "0.1",
         "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts", str(ROOT / "tests/tiny/edits_heldout.jsonl"),
         "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", *SMALL)
-    assert line["ratio_dev"][0] == 0.0 < line["kl"] and set(line["reward"]) == {"aesthetic", "alignment"}
+    assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1] and set(line["reward"]) == {"aesthetic", "alignment"}
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -76,13 +76,13 @@ def test_save_then_load_is_bf16_rounding(root, tmp_path):
 
 def test_saved_directory_is_complete(root, tmp_path):
     """Everything frozen is linked to the base, the guidance scale is noted, nothing temporary stays."""
-    model.save_model(tmp_path / "new", root, load(root), guidance=3.0, trained_on=[])
+    model.save_model(tmp_path / "new", root, load(root), guidance=3.0, trained_on=["b"])
     new = model.find_model(tmp_path / "new")
     assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "rewards", "scheduler", "transformer", "vae"]
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
     assert (new / "vae").readlink() == root / "vae"
     assert model.new_transformer(new, torch.float32).config == TRANSFORMER
-    index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64], "guidance_scale": 3.0}}
+    index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64], "guidance_scale": 3.0, "trained_on": ["b"]}}
     assert json.loads((new / "model_index.json").read_text()) == index
     assert not (tmp_path / "new.part").exists()
     assert len(load_file(new / "transformer" / WEIGHTS)) == len(load_file(root / "transformer" / WEIGHTS))
@@ -94,7 +94,7 @@ def test_save_replaces_an_older_save_and_keeps_the_base(root, tmp_path):
     model.save_model(tmp_path / "new", root, network, guidance=3.0, trained_on=[])
     write_json(tmp_path / "new.part" / "transformer" / "stale.json", {})  # as a killed save leaves it
     network.load_state_dict(random_state(network, seed=1))
-    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0, trained_on=[])  # base is itself a save
+    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0, trained_on=["a"])  # base is itself a save
     model.save_model(tmp_path / "new", root, network, guidance=1.0, trained_on=[])
     for directory in (tmp_path / "new", tmp_path / "again"):
         for param, loaded in zip(network.parameters(), load(directory).parameters(), strict=True):

@@ -375,7 +375,8 @@ def face(eyes, mood="smiling", x=32, y=32, r=24, background="white"):
 
 def test_identity_is_the_best_cosine_per_source_face():
     """A picture is a list of embeddings here."""
-    similarity = model.FaceIdentity(lambda picture: picture).similarity
+    identity = model.face_identity(lambda picture: picture)
+    similarity = lambda image, sources: identity([image], [""], [sources])[0]  # noqa: E731
     a, b, c = [3.0, 0.0, 0.0], [0.0, 0.5, 0.0], [1.0, 1.0, 0.0]
     assert similarity([a], []) is None and similarity([a], [[], []]) is None
     assert similarity([], [[a]]) == 0 and similarity([[-1.0, 0.0, 0.0]], [[a]]) == 0
@@ -387,7 +388,7 @@ def test_identity_is_the_best_cosine_per_source_face():
 
 
 def test_identity_tells_faces_of_the_tiny_world_apart():
-    identity = model.FaceIdentity(world.embed_faces)
+    identity = model.face_identity(world.embed_faces)
     nobody = world.draw(world.Scene("single", (world.Item("circle", "red", 32, 32, 16),), "white"))
     assert identity([face("red"), nobody], ["", ""], [[nobody], [face("red")]]) == [None, 0.0]
     rng = random.Random(0)
@@ -404,7 +405,7 @@ def test_identity_without_insightface_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match="pip install insightface onnxruntime.*identity=file.py:embed"):
         model.load_rewards(["identity"], make.OUT, torch.float32, {})
     (reward,) = model.load_rewards([f"identity={WORLD}:embed_faces"], make.OUT, torch.float32, {})
-    assert isinstance(reward.score, model.FaceIdentity)
+    assert reward.score([face("red")], [""], [[face("red")]]) == [pytest.approx(1)]
 
 
 # Reward files

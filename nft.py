@@ -1,0 +1,552 @@
+"""DiffusionNFT (Sec. 2.2, 4.1, 4.2): good images pull the velocity towards themselves, bad ones push it away.
+
+For each prompt the old policy samples a group of G images by the guided ODE (Eq. 3); score them; normalise each reward within its
+group and add them up (Eq. 4, 13); noise the images again (Eq. 1) and regress an interpolation between old and new velocity to the
+good ones, and its mirror image to the bad ones (Eq. 7, 8), with a velocity KL to the base (Eq. 9). No likelihood, no SDE.
+
+    python nft.py --reward aesthetic                                     # tiny model, CPU, about 4 minutes
+    torchrun --nproc_per_node=8 nft.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
+
+The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.
+
+Differs from the paper:
+  1. The norms of Eq. 8 and 9 are means over dimensions, not sums, so that they do not depend on resolution.
+  2. Images are noised at steps of the rollout's own grid (Sec. 4.2's subset), each at --draws of them, one from every stratum.
+  3. The paper leaves open how the old policy follows. Here theta_old <- d theta_old + (1 - d) theta after every step, with
+     d = min(--old-decay, k / (k + 10)) in step k = 0, 1, ...: close behind at first, then slower.
+  4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are unguided. What guidance
+     adds is common to a group and cancels between its good and bad images.
+  5. The paper gives no beta, A_max, KL weight or learning rate.
+  6. A score that failed is left out and counted, never 0; such an image has r = 1/2, which prefers nothing. One that does not
+     apply is dropped for its group. The paper gives no rule.
+  7. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
+The public DiffusionNFT code differs from Eq. 8, which is here as printed: see the README.
+The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid); --guided-objective, both; --cfg 1,
+neither.
+"""
+
+import argparse
+import gc
+import json
+import math
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from model import (
+    UNDEFINED, Sampler, VLMScorer, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
+    forward_flops, generate, guided_velocity, image_generator, image_grid_png, line_chart, load_checkpoint, load_prompts,
+    load_rewards, load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, own_rows, park,
+    sampling_settings, save_checkpoint, save_model, setup, shard, write_text)
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+CPU = torch.device("cpu")
+BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+
+# ---- 1. arguments --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
+    add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
+    add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
+    add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--save-every", type=int, default=50, metavar="STEPS",
+        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+    add("--eval-images", type=int, default=450, metavar="N",
+        help="held-out images in the final table, 0 for no table (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
+    add = parser.add_argument_group("rewards").add_argument
+    add("--reward", nargs="+", required=True, metavar="R",
+        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM (directory or hub "
+             "id), the URL of an OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
+             "weights per category (see README)")
+    add("--max-reward-failures", type=float, default=0.05, metavar="SHARE",
+        help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
+    add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
+    add = parser.add_argument_group("rollout").add_argument
+    add("--prompts-per-step", type=int, metavar="P",
+        help="a multiple of ranks x updates (default: the smallest from 16 on)")
+    add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--cfg", type=float, metavar="S",
+        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 4)")
+    add("--guided-objective", action="store_true",
+        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
+    add("--train-timesteps", default="half", metavar="STEPS",
+        help="sampler steps that images are noised to (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
+             "all; or a list as 0,2,3 (default: %(default)s)")
+    add("--draws", type=int, default=4, metavar="N", help="of these for every image, stratified (default: %(default)s)")
+    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--beta", type=float, default=1.0, help="interpolation strength of Eq. 7 (default: %(default)s)")
+    add("--adv-max", type=float, default=2.0, metavar="A", help="A_max: clips advantages before they become r (default: %(default)s)")
+    add("--old-decay", type=float, default=0.8, metavar="D",
+        help="how much of the old policy a step keeps, once it has settled (default: %(default)s)")
+    add("--kl-coef", type=float, default=0.1, metavar="W",
+        help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
+    add("--updates-per-rollout", type=int, default=2, metavar="U",
+        help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
+    add("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
+    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass (default: on a GPU)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    return parser.parse_args(argv)
+
+
+# ---- 2. rollout (same in grpo, nft) --------------------------------------------------------------------------
+
+
+def trained_steps(spec, total):
+    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included; that half; all; a list."""
+    half = max(1, total // 2)
+    if spec in ("half", "all"):
+        return list(range(half if spec == "half" else total))
+    steps = [int(k) for k in spec.split(",") if k.strip().isdecimal()]
+    if "," in spec and steps and max(steps) < total:
+        return sorted(set(steps))
+    if "," in spec or not steps or not 1 <= steps[0] <= half:
+        raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
+    return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+
+
+def await_scores(futures, arrived, count):
+    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds."""
+    start = time.perf_counter()
+    while len(arrived) < count:
+        arrived.extend(zip(*(future.result() for future in futures.pop(0))))
+    return time.perf_counter() - start
+
+
+# ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
+
+
+def group_advantage(scores, weights):
+    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none; weights (K, P) ->
+    A (P, G).
+
+    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its largest
+    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0. A
+    reward that is undefined for a group is dropped there and the other weights make up for it.
+    """
+    weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
+    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                                          # w_k     (K, P)
+    valid = scores.isfinite()
+    values = scores.double().where(valid, 0)
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    mean = values.sum(-1, keepdim=True) / count                                                              # mu_k    (K, P, 1)
+    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()                      # sigma_k (K, P, 1)
+    low = values.where(valid, math.inf).amin(-1, keepdim=True)
+    high = values.where(valid, -math.inf).amax(-1, keepdim=True)
+    signal = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
+    z = ((values - mean) / std.where(std > 0, 1)).where(signal, 0)                                           # Eq. 4   (K, P, G)
+    return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
+
+
+def optimality(advantage, adv_max):
+    """r of Eq. 8: advantages, clipped to [-A_max, A_max], as numbers from 0 to 1."""
+    return advantage.clamp(-adv_max, adv_max) / (2 * adv_max) + 0.5                                          # r  Eq. 8
+
+
+# ---- 4. loss -------------------------------------------------------------------------------------------------
+
+
+def draw_steps(steps, count, generator):
+    """`count` of the sampler steps, one from each of as many strata of the list."""
+    return [steps[int((m + torch.rand((), generator=generator)) * len(steps) / count)] for m in range(count)]
+
+
+def nft_loss(v, v_old, v_target, r, beta):
+    """Good images attract, bad ones repel the velocity, one row per (image, timestep). fp32.
+
+    v, v_old  (B, N, C)  unguided velocities of the trained and of the old policy at x_t;  v_target (B, N, C)  eps - x_0
+    r         (B,)       Eq. 8: 1 for the best images, 0 for the worst
+    Returns the loss summed over rows.
+    """
+    v_plus = beta * v + (1 - beta) * v_old                                                                   # (B, N, C)  Eq. 7
+    v_minus = (1 + beta) * v_old - beta * v                                                                  # (B, N, C)  Eq. 7
+    error_plus = (v_plus - v_target).pow(2).mean(dim=(1, 2))                                                 # (B,)  difference 1
+    error_minus = (v_minus - v_target).pow(2).mean(dim=(1, 2))                                               # (B,)  difference 1
+    return (r * error_plus + (1 - r) * error_minus).sum()                                                    # ()         Eq. 8
+
+
+def kl_loss(v, v_ref):
+    """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
+    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
+
+
+# ---- 5. the run (same in grpo, nft) --------------------------------------------------------------------------
+
+
+def open_run(args, rank):
+    """runs/NAME for this run: made new, with args.json, or checked to be the one that --resume continues."""
+    names = [Path(spec.partition("=")[0]).stem for spec in args.reward]
+    stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
+    run, number = Path("runs") / stem, 2
+    if args.resume:
+        if not args.name or not (run / "args.json").exists():
+            raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
+        before = json.loads((run / "args.json").read_text())
+        args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures")
+        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        if changed:
+            raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
+        return run
+    if args.name and (run / "args.json").exists():
+        raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
+    while (run / "args.json").exists():
+        run, number = Path("runs") / f"{stem}-{number}", number + 1
+    dist.barrier()  # every rank has looked before rank 0 creates it
+    if rank == 0:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def prompt_ids(step, count, per_step, seed):
+    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
+    if per_step > count:
+        raise ValueError(f"--prompts-per-step {per_step}: the prompt file has only {count}")
+    epoch, part = divmod(step, count // per_step)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
+
+
+def rank_share(ids, updates, rank, world):
+    """This rank's prompt ids, [updates][groups]: an update has the same prompts whatever the number of ranks."""
+    return [ids[update::updates][rank::world] for update in range(updates)]
+
+
+def apply_update(optimizer, params, loss, grad_clip):
+    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).full_tensor()
+    finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item(), finite
+
+
+def check_failures(step, reasons, scores, limit):
+    """The reasons, counted over all ranks, if more than a share `limit` of a step's `scores` failed; else None."""
+    reasons = sum(all_gather_list([reasons]), Counter())
+    if sum(reasons.values()) <= limit * scores:
+        return None
+    table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
+    return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
+
+
+def step_record(parts, rewards):
+    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
+    scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
+                                  for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
+    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
+    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
+    return {
+        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
+        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
+        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
+        "failed": scores.isnan().sum().item(),
+        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
+        "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
+        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
+        **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
+
+
+def read_log(path, steps):
+    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again."""
+    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if path.exists() else []
+
+
+def write_log(path, log, new):
+    """Append the last line; a new or resumed run writes all of its lines."""
+    with open(path, "w" if new else "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
+
+
+def report(run, rewards, before, after, title):
+    """Print and save the before/after table; scores (K, prompts, images)."""
+    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
+    table = {}
+    for reward, a, b in zip(rewards, before, after):
+        base, trained, difference, half = interval(a, b)
+        low, high = difference - half, difference + half
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
+    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
+
+
+def interval(before, after):
+    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
+    difference = (after - before).nanmean(dim=1)
+    difference = difference[difference.isfinite()]  # prompts without a score are left out
+    half = 1.96 * difference.std() / len(difference) ** 0.5
+    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
+
+
+def main(argv=None):
+    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+    args = parse_args(argv)
+    rank, world, device = setup()
+    stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    cuda, dtype = device.type == "cuda", compute_dtype(device)
+    root = find_model(args.model)
+    policy = new_transformer(root, torch.float32)
+    config = policy.config
+    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
+    tokens, K = grid[0] * grid[1], len(t) - 1
+    lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
+    micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
+    run = open_run(args, rank)
+    G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
+    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
+    if P % unit:
+        below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
+        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    trained = trained_steps(args.train_timesteps, K)
+    branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
+
+    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+    requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
+    eval_ids = list(range(rank, len(heldout), world))
+    used = {i: requests[i] for share in shares for part in share for i in part}
+    vae = load_vae(root, device, dtype)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
+
+    # ---- 8. models -------------------------------------------------------------------------------------------
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
+    policy = materialise(shard(policy, device), root, device)
+    policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    reference = park(own_rows(policy), dtype) if args.kl_coef else []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
+    start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
+    sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
+    rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
+    sigma, keep = torch.zeros(K), {K}  # the ODE; only its end is kept
+    pairs = [(m, g) for m in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
+    memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
+              "slot": sum(param.nbytes for param in slot.parameters()), "noised states": 8 * state_floats * args.draws,
+              "frozen velocities": 4 * state_floats * args.draws * (1 + bool(reference)),
+              "old policy and reference in host memory": sum(row.nbytes for row in old + reference)}
+
+    def noised(x0, step, i):
+        """A group's images (G, N, C) at drawn steps: x_t and v = eps - x_0, both (M, G, N, C), and t (M, G, 1, 1)."""
+        generators = [image_generator(args.seed, f"noise {step}", i, g) for g in range(G)]
+        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T     # (M, G)
+        eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators], dim=1).to(device)
+        t_rows = t[drawn][..., None, None].to(device)
+        return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                            # Eq. 1
+
+    def rows(states, group, micro):
+        """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
+        m, g = map(list, zip(*micro))
+        return [part[m, g] for part in states[group]]
+
+    # ---- 9. frozen velocities and held-out pictures (same in grpo, nft) --------------------------------------
+    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
+             for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
+    peak = matmul_peak(device)
+    if rank == 0:
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
+        size = sum(param.numel() for param in policy.parameters())
+        print(f"{run}: {size:,} parameters on {world} x {device.type}; "
+              f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
+        print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
+              f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
+        print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
+        for reward in rewards:
+            weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
+            print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
+
+    @torch.no_grad()
+    def frozen_velocities(ids, states):
+        """Velocities by the slot's tenant on the very micro-batches that will be trained: {(group, m): v}."""
+        velocities = {}
+        for group, i in enumerate(ids):
+            prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
+            for m, micro in enumerate(micro_batches):
+                x, _, t_rows, *_ = rows(states, group, micro)
+                velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
+        return velocities
+
+    def heldout_images(ids, number):
+        """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
+        images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
+        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+
+    def gather_by_prompt(values):
+        """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
+        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+
+    def heldout_scores(number):
+        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
+        images = heldout_images(eval_ids, number)
+        found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
+        failed = Counter(why for row in found for _, why in row if why)
+        for why, count in failed.most_common(3):
+            print(f"held-out scores that failed: {count} x {why}")
+        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
+        scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
+        scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
+        return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
+
+    # ---- 10. train -------------------------------------------------------------------------------------------
+    log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        if args.sample_every and step % args.sample_every == 0:
+            fill(slot, own_rows(policy))
+            shown = heldout_images([i for i in eval_ids if i < 24], 1)
+            shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
+            if rank == 0:
+                image_grid_png(run / "samples" / f"{step:06d}.png", shown)
+        clock = time.perf_counter()
+
+        # rollout, guided, by the old policy; a decoded batch is scored in the background from here on
+        fill(slot, old)
+        ids = [i for part in shares[step] for i in part]
+        move_judges(rewards, device)
+        images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
+        for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
+            states.append(kept)
+            asked = [requests[i] for _, i, _ in chunk]
+            futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
+        x0 = torch.cat([kept[K] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
+        states = [noised(x0[group], step, i) for group, i in enumerate(ids)]
+        cuda and torch.cuda.synchronize()
+        rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # frozen velocities, before the first update
+        v_old, v_ref = frozen_velocities(ids, states), {}
+        if reference:
+            fill(slot, reference)
+            v_ref = frozen_velocities(ids, states)
+        cuda and torch.cuda.synchronize()
+        frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # local judges leave before training; other rewards are waited for group by group
+        wait([future for row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
+        move_judges(rewards, CPU)
+        if cuda:
+            sampler.drop()  # the updates need the memory
+        wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # updates, each on its own groups
+        shifts, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], 0.0, 0
+        weights = torch.tensor([[reward.weigh(requests[i]) for i in ids] for reward in rewards])
+        scores, advantage = weights.new_empty(*weights.shape, G), weights.new_empty(len(ids), G)             # (K, groups, G)
+        groups = len(ids) // U
+        scale = world / (P * G * args.draws / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+        for update in range(U):
+            shift, total, kl = [], torch.zeros((), device=device), torch.zeros((), device=device)
+            for group in range(update * groups, (update + 1) * groups):
+                waited_seconds += await_scores(futures, arrived, (group + 1) * G)
+                scores[:, group] = torch.tensor([[score for score, _ in row] for row in arrived[group * G:(group + 1) * G]]).T
+                advantage[group] = group_advantage(scores[:, [group]], weights[:, [group]])                  # Eq. 4, 13
+                prefixes = [policy.prefix([prompt], grid) for prompt in encoded[ids[group]][:branches]]
+                leaves = [*map(detach_prefix, prefixes)]
+                for m, micro in enumerate(micro_batches):
+                    x, v_target, t_rows = rows(states, group, micro)
+                    v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
+                    r = optimality(advantage[group, [g for _, g in micro]], args.adv_max).to(device)         # (B,)
+                    loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
+                    if reference:
+                        penalty = kl_loss(v, v_ref[group, m])
+                        loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
+                    shift.append((v.detach() - v_old[group, m]).pow(2).mean())
+                    total += loss.detach()
+                    (loss * scale).backward()
+                for prefix, leaf in zip(prefixes, leaves):
+                    backward_prefix(prefix, leaf)
+                del prefixes, prefix, leaves, leaf, v, loss  # the next group's prefix must not stand beside this one
+            if update == 0:  # nothing is trained on a step that cannot be trusted
+                waited_seconds += await_scores(futures, arrived, len(images))
+                reasons = Counter(why for row in arrived for _, why in row if why)
+                trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
+                if trouble:
+                    if step > start:
+                        save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
+                    raise RuntimeError(trouble)
+            norm, stepped = apply_update(optimizer, policy.parameters(), total, args.grad_clip)
+            bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
+            if bad == BAD_UPDATES:
+                save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
+                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
+                                   "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
+            shifts.append(torch.stack(shift).mean().sqrt().item())
+            losses.append(total.item() * scale / world)
+            penalties.append(kl.item() * scale / world)
+            norms.append(norm)
+        decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
+        for row, new in zip(old, own_rows(policy)):
+            row.lerp_(new.cpu(), 1 - decay)
+        cuda and torch.cuda.synchronize()
+        train_seconds = time.perf_counter() - clock - waited_seconds
+
+        # one line a step
+        work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
+        work *= G * (K * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
+        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
+                   "train": train_seconds}
+        parts = all_gather_list([{
+            "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": bool(stop),
+            "mean": {"loss": losses, "kl": penalties, "velocity_shift": shifts}, "max": {}}])
+        log.append({"step": step, **step_record(parts, rewards), "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
+                    "images_per_second": P * G / sum(seconds.values()),
+                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
+        if rank == 0:
+            write_log(run / "log.jsonl", log, new=step == start)
+            curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
+            line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
+        bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
+        ending = any(part["stop"] for part in parts)
+        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
+        if ending:
+            print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
+            return
+
+    # ---- 11. done (same in grpo, nft) ------------------------------------------------------------------------
+    save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
+    if args.eval_images:
+        number = math.ceil(args.eval_images / len(heldout))
+        move_judges(rewards + judges, device)
+        load_weights(slot, root / "transformer")
+        before, pictures_before = heldout_scores(number)
+        fill(slot, own_rows(policy))
+        after, pictures_after = heldout_scores(number)
+        if rank == 0:
+            title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
+            report(run, rewards + judges, before, after, title)
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+    if rank == 0:
+        print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # no FSDP module may outlive the process group
+    dist.destroy_process_group()
