@@ -158,12 +158,12 @@ def group_advantage(scores, weights):
     return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
 
 
+# ---- 4. loss -------------------------------------------------------------------------------------------------
+
+
 def optimality(advantage, adv_max):
     """r of Eq. 8: advantages, clipped to [-A_max, A_max], as numbers from 0 to 1."""
-    return advantage.clamp(-adv_max, adv_max) / (2 * adv_max) + 0.5                                          # r  Eq. 8
-
-
-# ---- 4. loss -------------------------------------------------------------------------------------------------
+    return advantage.clamp(-adv_max, adv_max) / (2 * adv_max) + 0.5                                          # (B,)       Eq. 8
 
 
 def draw_steps(steps, count, generator):
@@ -193,8 +193,8 @@ def kl_loss(v, v_ref):
 # ---- 5. the run (same in grpo, nft) --------------------------------------------------------------------------
 
 
-def open_run(args, rank):
-    """runs/NAME for this run: made new, with args.json, or checked to be the one that --resume continues."""
+def open_run(args):
+    """runs/NAME for this run: one that is not there yet, or the one that --resume continues, checked to be the same run."""
     names = [Path(spec.partition("=")[0]).stem for spec in args.reward]
     stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
     run, number = Path("runs") / stem, 2
@@ -213,8 +213,6 @@ def open_run(args, rank):
     while (run / "args.json").exists():
         run, number = Path("runs") / f"{stem}-{number}", number + 1
     dist.barrier()  # every rank has looked before rank 0 creates it
-    if rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -314,7 +312,7 @@ def main(argv=None):
     tokens, K = grid[0] * grid[1], len(t) - 1
     lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
-    run = open_run(args, rank)
+    run = open_run(args)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
     if P % unit:
@@ -368,6 +366,7 @@ def main(argv=None):
              for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
     peak = matmul_peak(device)
     if rank == 0:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
         write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
@@ -496,8 +495,8 @@ def main(argv=None):
                 raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
                                    "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
             shifts.append(torch.stack(shift).mean().sqrt().item())
-            losses.append(total.item() * scale / world)
-            penalties.append(kl.item() * scale / world)
+            losses.append(total.item() * scale)
+            penalties.append(kl.item() * scale)
             norms.append(norm)
         decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
         for row, new in zip(old, own_rows(policy)):

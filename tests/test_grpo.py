@@ -1,39 +1,11 @@
 """grpo.py: its equations against second formulations, and the script itself in one process and in two."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from grpo import group_advantage, grpo_loss, kl_loss, prompt_ids, rank_share, trained_steps
-
-ROOT = Path(__file__).resolve().parent.parent
-ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
-SMALL = ["--group-size", "4", "--eval-images", "0", "--prompts-per-step", "4", "--name", "run"]
-
-
-def run_script(folder, *arguments, processes=1, code=None):
-    """Run grpo.py (or code that imports it) in `folder`; returns its log lines."""
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    target = ["-c", code] if code else [str(ROOT / "grpo.py")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *target, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads(line) for line in (folder / "runs" / "run" / "log.jsonl").read_text().splitlines()]
-
-
-def checkpoint(folder):
-    """The one checkpoint of a run as {kind: {name: tensor}}."""
-    (path,) = (folder / "runs" / "run" / "checkpoint").iterdir()
-    dcp_to_torch_save(path, folder / "state.pt")
-    return torch.load(folder / "state.pt", weights_only=False)
-
+from grpo import group_advantage, grpo_loss, guided_offset, kl_loss, prompt_ids, rank_share, trained_steps
+from model import sde_mean_std
+from runs import ORACLE, ROOT, SMALL, checkpoint, run_script
 
 # Equations
 
@@ -96,6 +68,16 @@ def test_gradient_at_ratio_one_is_reinforce():
     torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.autograd.grad(-(advantage * logp).sum(), w)[0])
 
 
+def test_guided_offset_is_how_far_the_mean_was_moved():
+    """x_next drawn around a mean that is moved by 0.7 std."""
+    torch.manual_seed(0)
+    v_old, x = torch.randn(2, 6, 400, 16)
+    t, dt, sigma = (torch.full((6, 1, 1), value) for value in (0.8, -0.1, 0.9))
+    mean, std = sde_mean_std(x, v_old, t, dt, sigma)
+    x_next = mean + std * (0.7 + torch.randn_like(x))
+    assert guided_offset(v_old, x, x_next, t, dt, sigma).mean().sqrt().item() == pytest.approx(0.7, abs=0.02)
+
+
 def test_kl_is_the_mean_square_velocity_difference():
     v, v_ref = torch.randn(2, 6, 16, 4)
     torch.testing.assert_close(kl_loss(v, v_ref), ((v - v_ref) ** 2).sum() / (16 * 4))
@@ -136,26 +118,6 @@ def test_run_directory_is_complete(four_steps):
     for name in ("args.json", "curve.png", "samples/000000.png", "model/model_index.json", "model/vae/config.json",
                  "model/transformer/diffusion_pytorch_model.safetensors"):
         assert (run / name).stat().st_size > 0
-
-
-def test_resume_gives_the_same_bits(four_steps, tmp_path):
-    run_script(tmp_path, "--reward", ORACLE, "--steps", "2", *SMALL)
-    log = run_script(tmp_path, "--reward", ORACLE, "--steps", "4", *SMALL, "--resume")
-    assert [line["step"] for line in log] == [0, 1, 2, 3]
-    whole, resumed = checkpoint(four_steps[0]), checkpoint(tmp_path)
-    for name, value in whole["model"].items():
-        assert torch.equal(value, resumed["model"][name]), name
-    assert log[-1]["reward"] == four_steps[1][-1]["reward"]
-
-
-def test_a_checkpoint_of_two_processes_resumes_in_one(tmp_path):
-    run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, processes=2)
-    before = checkpoint(tmp_path)["optimizer"]["state"]
-    log = run_script(tmp_path, "--reward", ORACLE, "--steps", "2", *SMALL, "--resume")
-    after = checkpoint(tmp_path)["optimizer"]["state"]
-    assert [line["step"] for line in log] == [0, 1] and log[1]["ratio_dev"][0] == 0.0
-    for name, state in after.items():
-        assert state["step"] == before[name]["step"] + 2, name  # two updates a rollout
 
 
 def test_two_processes_agree_with_one(tmp_path):
@@ -201,13 +163,3 @@ def test_editing_with_the_kl_and_several_rewards(tmp_path):
         "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts", str(ROOT / "tests/tiny/edits_heldout.jsonl"),
         "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", *SMALL)
     assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1] and set(line["reward"]) == {"aesthetic", "alignment"}
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--prompts-per-step", "3"], "nearest: 2, 4"), (["--size", "60", "64"], "multiples of 32"),
-    (["--model", "nowhere"], "no such directory"), (["--train-timesteps", "9"], "--train-timesteps 9"),
-    (["--resume", "--name", "missing"], "there is no run"), (["--prompts", "missing.jsonl"], "no such prompt file")])
-def test_bad_flags_are_clear_errors(tmp_path, arguments, message):
-    done = subprocess.run([sys.executable, str(ROOT / "grpo.py"), "--reward", ORACLE, *arguments], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=120)
-    assert done.returncode != 0 and message in done.stderr

@@ -21,7 +21,7 @@ import model
 import world
 from grpo import await_scores, group_advantage
 from judge_server import HANG_UP, Judge, choice, serve
-from test_grpo import checkpoint, run_script
+from runs import checkpoint, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ROOT / "tests/tiny/world.py"

@@ -1,0 +1,73 @@
+"""Run the training scripts the way a user does, for the tests."""
+
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).resolve().parent.parent
+ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
+SMALL = ["--group-size", "4", "--eval-images", "0", "--prompts-per-step", "4", "--name", "run"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "runs" / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def command(script, *arguments, processes=1, code=None):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *(["-c", code] if code else [str(ROOT / script)]), *map(str, arguments)]
+
+
+def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
+    """A training script, or code that imports it, as a process of its own: what it printed, and its return code."""
+    done = subprocess.run(command(script, *arguments, processes=processes, code=code), cwd=folder, env=ENVIRONMENT, timeout=300,
+                          capture_output=True, text=True)
+    return done.stdout + done.stderr, done.returncode
+
+
+def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
+    """Run a training script in `folder`, in this process where one will do; returns its log lines."""
+    if processes > 1 or code:
+        printed, failed = start_script(folder, *arguments, script=script, processes=processes, code=code)
+        assert not failed, printed[-4000:]
+        return read_log(folder)
+    before, handler = os.getcwd(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    try:
+        importlib.import_module(Path(script).stem).main([*map(str, arguments)])
+    finally:
+        os.chdir(before)
+        signal.signal(signal.SIGTERM, handler)
+        gc.collect()
+        dist.destroy_process_group()
+    return read_log(folder)
+
+
+def checkpoint(folder):
+    """The one complete checkpoint of a run as {kind: {name: tensor}}."""
+    (path,) = (path for path in (folder / "runs" / "run" / "checkpoint").iterdir() if path.suffix != ".part")
+    dcp_to_torch_save(path, folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=False)
+
+
+def assert_same_bits(one, two):
+    """Two checkpoints: weights, optimizer state and the old policy, if there is one."""
+    for kind in ("model", "old"):
+        assert one.get(kind, {}).keys() == two.get(kind, {}).keys()
+        for name, value in one.get(kind, {}).items():
+            assert torch.equal(value, two[kind][name]), (kind, name)
+    for name, state in one["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, two["optimizer"]["state"][name][key]), (name, key)

@@ -1,0 +1,215 @@
+"""What both policy optimizers promise: resume, kill -9, SIGTERM, other rank counts, full disks, updates that are not finite, the
+three CFG strategies, timestep selection, mixed tasks."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from runs import ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, read_log, run_script, start_script
+
+BOTH = pytest.mark.parametrize("script", ["grpo.py", "nft.py"])
+EVERY_STEP = ["--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """script -> the folder of a run of four steps."""
+    folders = {}
+
+    def run(script):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp(script[:-3])
+            run_script(folders[script], "--reward", ORACLE, "--steps", "4", *SMALL, script=script)
+        return folders[script]
+
+    return run
+
+
+@BOTH
+def test_resume_gives_the_same_bits(undisturbed, tmp_path, script):
+    run_script(tmp_path, "--reward", ORACLE, "--steps", "2", *SMALL, script=script)
+    log = run_script(tmp_path, "--reward", ORACLE, "--steps", "4", *SMALL, "--resume", script=script)
+    whole = undisturbed(script)
+    assert_same_bits(checkpoint(whole), checkpoint(tmp_path))
+    assert [line["step"] for line in log] == [0, 1, 2, 3] and log[-1]["reward"] == read_log(whole)[-1]["reward"]
+
+
+@pytest.mark.parametrize("first, second", [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path, first, second):
+    """A group is a rollout batch, so that all ranks sample the same states."""
+    arguments = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"]
+    run_script(tmp_path, *arguments, "--steps", "1", script="nft.py", processes=first)
+    (tmp_path / "other" / "runs").mkdir(parents=True)
+    shutil.copytree(tmp_path / "runs" / "run", tmp_path / "other" / "runs" / "run", symlinks=True)
+    run_script(tmp_path, *arguments, "--steps", "2", "--resume", script="nft.py", processes=first)
+    log = run_script(tmp_path / "other", *arguments, "--steps", "2", "--resume", script="nft.py", processes=second)
+    one, two = checkpoint(tmp_path), checkpoint(tmp_path / "other")
+    for kind in ("model", "old"):
+        for name, value in one[kind].items():
+            assert (two[kind][name] - value).abs().max() <= 1e-5, (kind, name)  # Adam's steps are 1.6e-4
+    assert log[1]["reward"]["aesthetic"] == pytest.approx(read_log(tmp_path)[1]["reward"]["aesthetic"], rel=5e-4)
+
+
+def killed_and_resumed(folder, script, kills, seed, steps):
+    """Run to the end, with kill -9 at `kills` random moments; returns how many hit."""
+    arguments, rng, hits = ["--reward", ORACLE, "--steps", str(steps), *SMALL, *EVERY_STEP], random.Random(seed), 0
+    while True:
+        resume = ["--resume"] if (folder / "runs" / "run" / "args.json").exists() else []
+        process = subprocess.Popen(command(script, *arguments, *resume), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        if hits < kills:
+            try:  # after the imports, so that most kills hit the run itself
+                _, printed = process.communicate(timeout=5 + rng.uniform(0, 5))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                hits += 1
+                continue
+        else:
+            _, printed = process.communicate(timeout=300)
+        assert process.returncode == 0, printed[-3000:]
+        return hits
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp_path):
+    killed_and_resumed(tmp_path, "nft.py", 3, seed=0, steps=4)
+    assert_same_bits(checkpoint(undisturbed("nft.py")), checkpoint(tmp_path))
+    assert len(read_log(tmp_path)) == 4
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path, script):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    run_script(one, "--reward", ORACLE, "--steps", "24", *SMALL, script=script)
+    assert killed_and_resumed(two, script, 20, seed=1, steps=24) >= 5
+    assert_same_bits(checkpoint(one), checkpoint(two))
+    assert [line["step"] for line in read_log(two)] == list(range(24))
+
+
+def test_a_torn_log_line_and_a_torn_checkpoint_are_done_again(undisturbed, tmp_path):
+    run_script(tmp_path, "--reward", ORACLE, "--steps", "3", *SMALL, script="grpo.py")
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(run / "checkpoint" / "step-000003", run / "checkpoint" / "step-000004.part")
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    log = run_script(tmp_path, "--reward", ORACLE, "--steps", "4", *SMALL, "--resume", script="grpo.py")
+    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
+
+
+def test_sigterm_saves_and_ends(undisturbed, tmp_path):
+    arguments = ["--reward", ORACLE, "--steps", "4", *SMALL]
+    process = subprocess.Popen(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    log = tmp_path / "runs" / "run" / "log.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGTERM after step" in printed and len(read_log(tmp_path)) < 4
+    run_script(tmp_path, *arguments, "--resume")
+    assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
+
+
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, tmp_path):
+    """A limit on the size of files stands for the full disk; a checkpoint is the largest file."""
+    run_script(tmp_path, "--reward", ORACLE, "--steps", "3", *SMALL)
+    arguments = ["--reward", ORACLE, "--steps", "4", *SMALL, "--resume"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))  # noqa: E731
+    done = subprocess.run(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode != 0 and "step-000004.part could not be written; what was saved before is as it was" in done.stderr
+    assert (tmp_path / "runs/run/checkpoint/step-000003").is_dir()
+    run_script(tmp_path, *arguments)
+    assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
+
+
+SPOIL = """
+import sys, grpo
+loss, calls = grpo.grpo_loss, []
+def spoiled(*arguments):
+    calls.append(1)
+    total, ratio = loss(*arguments)
+    return (total * float("nan") if len(calls) {when} else total), ratio
+grpo.grpo_loss = spoiled
+grpo.main(sys.argv[1:])
+"""
+
+
+def test_an_update_that_is_not_finite_is_not_applied(tmp_path):
+    """Four micro-batches a step of four groups: the second update of the first step is spoiled."""
+    arguments = ["--reward", ORACLE, *SMALL]
+    log = run_script(tmp_path, *arguments, "--steps", "2", code=SPOIL.format(when="== 3"))
+    assert [line["skipped_updates"] for line in log] == [1, 0] and all(s["step"] == 3 for s in checkpoint(tmp_path)["optimizer"]["state"].values())
+    assert log[0]["grad_norm"][1] != log[0]["grad_norm"][1] and log[1]["ratio_dev"][0] == 0.0
+
+
+def test_updates_that_are_never_finite_stop_the_run(tmp_path):
+    printed, failed = start_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4", code=SPOIL.format(when="> 4"))
+    assert failed and "step 2: 3 updates in a row had a loss or gradient that is not finite" in printed
+    assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
+
+
+@BOTH
+def test_cfg_in_both_stages_and_in_neither(tmp_path, capsys, script):
+    """The old velocities are those of the objective, whichever it is: nothing has moved before the first update."""
+    for name, extra in (("both", ["--guided-objective"]), ("neither", ["--cfg", "1", "--guided-objective"])):
+        (tmp_path / name).mkdir()
+        (line,) = run_script(tmp_path / name, "--reward", ORACLE, "--steps", "1", *SMALL, *extra, script=script)
+        assert ("guidance 2" in capsys.readouterr().out) == (name == "both")
+        if script == "grpo.py":
+            assert line["ratio_dev"][0] == 0.0 < line["ratio_dev"][1]
+            assert max(line["guided_offset"]) < 0.3  # only sampling noise is left
+        else:
+            assert line["velocity_shift"][0] == 0.0 < line["velocity_shift"][1]
+        index = json.loads((tmp_path / name / "runs/run/model/model_index.json").read_text())
+        assert index["_sampling"]["guidance_scale"] == (2.0 if name == "both" else 1.0)
+
+
+@BOTH
+def test_trained_timesteps_are_chosen_and_printed(tmp_path, capsys, script):
+    for spec, shown in (("all", "trained at t = 1.000, 0.903, 0.795, 0.675, 0.540, 0.388, 0.216, 0.020"), ("1,6", "trained at t = 0.903, 0.216")):
+        (tmp_path / spec).mkdir()
+        (line,) = run_script(tmp_path / spec, "--reward", ORACLE, "--steps", "1", *SMALL, "--train-timesteps", spec, script=script)
+        printed = capsys.readouterr().out
+        assert shown in printed and line["skipped_updates"] == 0
+        assert "memory of a rank, MiB: weights, gradients and Adam 22.0, slot 5.5" in printed
+
+
+@BOTH
+def test_mixed_tasks_are_a_prompt_file(tmp_path, script):
+    """Text-to-image and edits in one step; a reward is asked only where its category gives it weight."""
+    world, lines = ROOT / "tests/tiny/world.py", []
+    for name, count in (("prompts.jsonl", 4), ("edits.jsonl", 4)):
+        for line in (ROOT / "tests/tiny" / name).read_text().splitlines()[:count]:
+            record = json.loads(line)
+            lines.append(record | ({"source": str(ROOT / "tests/tiny" / record["source"])} if "source" in record else {}))
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = lambda name: {"weight": 0.5, "source": f"{world}:{name}"}  # noqa: E731
+    (tmp_path / "rewards.json").write_text(json.dumps({
+        "rewards": {"aesthetic": source("aesthetic_reward"), "instruction": source("instruction_reward")},
+        "categories": {category: {"aesthetic": 1.0} for category in ("general", "counting", "relation", "portrait", "typography")}}))
+    (line,) = run_script(tmp_path, "--reward", "rewards.json", "--prompts", "mixed.jsonl", "--steps", "1", "--name", "run", "--eval-images", "0",
+                         "--group-size", "4", "--prompts-per-step", "8", script=script)
+    assert line["failed"] == line["undefined"] == 0 and set(line["reward"]) == {"aesthetic", "instruction"}
+    assert line["constant_groups"] < 0.5
+
+
+@BOTH
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompts-per-step", "3"], "nearest: 2, 4"), (["--size", "60", "64"], "multiples of 32"),
+    (["--model", "nowhere"], "no such directory"), (["--train-timesteps", "9"], "--train-timesteps 9"),
+    (["--resume", "--name", "missing"], "there is no run"), (["--prompts", "missing.jsonl"], "no such prompt file")])
+def test_bad_flags_are_clear_errors(tmp_path, monkeypatch, arguments, message, script):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_script(tmp_path, "--reward", ORACLE, *arguments, script=script)
+    assert not os.listdir(tmp_path)
