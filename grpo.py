@@ -239,9 +239,10 @@ def apply_update(optimizer, params, loss, grad_clip):
     return norm.item(), finite
 
 
-def check_failures(step, reasons, scores, limit):
-    """The reasons, counted over all ranks, if more than a share `limit` of a step's `scores` failed; else None."""
-    reasons = sum(all_gather_list([reasons]), Counter())
+def check_failures(step, reasons, asked, limit):
+    """The reasons, counted over all ranks, if more than a share `limit` of the scores that a step `asked` for failed; else None."""
+    parts = all_gather_list([(reasons, asked)])
+    reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
     if sum(reasons.values()) <= limit * scores:
         return None
     table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
@@ -475,7 +476,7 @@ def main(argv=None):
             if update == 0:  # nothing is trained on a step that cannot be trusted
                 waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
-                trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
+                trouble = check_failures(step, reasons, (weights > 0).sum().item() * G, args.max_reward_failures)
                 if trouble:
                     if step > start:
                         save_checkpoint(run / "checkpoint", step, policy, optimizer)

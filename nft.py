@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
-        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
+        help="between checkpoints, 16 bytes per parameter each; 0 for none (default: %(default)s)")
     add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=int, default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
@@ -240,9 +240,10 @@ def apply_update(optimizer, params, loss, grad_clip):
     return norm.item(), finite
 
 
-def check_failures(step, reasons, scores, limit):
-    """The reasons, counted over all ranks, if more than a share `limit` of a step's `scores` failed; else None."""
-    reasons = sum(all_gather_list([reasons]), Counter())
+def check_failures(step, reasons, asked, limit):
+    """The reasons, counted over all ranks, if more than a share `limit` of the scores that a step `asked` for failed; else None."""
+    parts = all_gather_list([(reasons, asked)])
+    reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
     if sum(reasons.values()) <= limit * scores:
         return None
     table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
@@ -483,7 +484,7 @@ def main(argv=None):
             if update == 0:  # nothing is trained on a step that cannot be trusted
                 waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
-                trouble = check_failures(step, reasons, len(rewards) * P * G, args.max_reward_failures)
+                trouble = check_failures(step, reasons, (weights > 0).sum().item() * G, args.max_reward_failures)
                 if trouble:
                     if step > start:
                         save_checkpoint(run / "checkpoint", step, policy, optimizer, old)

@@ -164,7 +164,7 @@ def group_ranges(scores):
 
 
 def number(x, form=".3f"):
-    return format(x, form) if np.isfinite(x) else "-"
+    return "-" if x is None or not np.isfinite(x) else format(x, form)
 
 
 def mean(x):
@@ -296,9 +296,9 @@ def compare_means(players):
             first = next(iter(arrays.values()))
             for name, scores in arrays.items():
                 difference, low, high = mean_difference(first, scores)
+                values = [float(x) if np.isfinite(x) else None for x in (mean(scores), difference, low, high)]
                 found.setdefault(category, {}).setdefault(reward, {})[name] = {
-                    "mean": mean(scores), "difference": difference, "interval": [low, high],
-                    "trained_on": reward in trained_on(players[name])}
+                    "mean": values[0], "difference": values[1], "interval": values[2:], "trained_on": reward in trained_on(players[name])}
     return found
 
 
@@ -347,7 +347,7 @@ def compare_ratings(players, reward, tie):
 def comparison_text(players, means, elo, vote, tie):
     """Both tables as Markdown; a star marks a judge that the checkpoint was trained on."""
     base, *others = players
-    lines = [[category, reward, f"{cells[base]['mean']:.3f}",
+    lines = [[category, reward, number(cells[base]["mean"]),
               *("{}{} ({} [{}, {}])".format(number(cell["mean"]), "*" * cell["trained_on"], *(
                   number(x, "+.3f") for x in (cell["difference"], *cell["interval"]))) for cell in map(cells.get, others))]
              for category, rewards in means.items() for reward, cells in rewards.items()]

@@ -3,16 +3,23 @@
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
     python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: 35 minutes
+    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 35 minutes
+    python tests/reproduce.py cfg            # Sec. 4.1, Fig. 3: the three CFG strategies, GRPO and NFT: 60 minutes
+    python tests/reproduce.py timesteps      # Sec. 4.2: all timesteps against the high-noise half: 25 minutes
+
+Trainings run side by side, one for every core.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -21,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+import rollout  # noqa: E402
 
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
 ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward" for name in ("aesthetic", "strict", "alignment")]
@@ -44,6 +52,24 @@ def finish(process):
         raise SystemExit(f"{' '.join(process.args)} failed")
 
 
+def side_by_side(commands):
+    """Run commands, each a list of arguments, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: finish(start(*command)), commands))
+
+
+def training(script, name, seed, *arguments):
+    """The command of a run without a final table; an old run of that name is removed."""
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    return [script, "--seed", str(seed), "--name", name, "--eval-images", "0", "--sample-every", "0", *arguments]
+
+
+def drawing(name, model, prompts, rewards, *arguments):
+    """The command that draws and scores held-out prompts, anew."""
+    shutil.rmtree(ROOT / "rollouts" / name, ignore_errors=True)
+    return ["rollout.py", "--name", name, "--model", str(model), "--prompts", str(TINY / prompts), "--reward", *rewards, *arguments]
+
+
 def evaluation(name):
     return json.loads((ROOT / "runs" / name / "eval.json").read_text())["rewards"]
 
@@ -53,13 +79,26 @@ def cells(row):
     return f"{row['base']:.3f} | {row['trained']:.3f} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def seed_table(script, name):
+    """The first command by one of the training scripts, one seed after another: gains over the base, and the time it took."""
+    runs = [f"reproduce-{name}-{seed}" for seed in range(SEEDS)]
+    seconds, rows = [], {}
+    for seed, run in enumerate(runs):
+        shutil.rmtree(ROOT / "runs" / run, ignore_errors=True)
+        began = time.time()
+        finish(start(script, "--reward", "aesthetic", "--judge", *ORACLES, "--seed", str(seed), "--name", run))
+        seconds.append(time.time() - began)
+        for judge, row in evaluation(run).items():
+            rows.setdefault(judge, []).append(row)
+    lines = [f"| {script} | base | {' | '.join(f'seed {seed}' for seed in range(SEEDS))} |", "|---" * (2 + SEEDS) + "|"]
+    for judge, found in rows.items():
+        gains = (f"{row['difference']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]" for row in found)
+        lines.append(f"| {judge} | {sum(row['base'] for row in found) / SEEDS:.3f} | {' | '.join(gains)} |")
+    return [*lines, f"| seconds | | {' | '.join(f'{s:.0f}' for s in seconds)} |"]
+
+
 def first():
-    lines = ["| seed | reward | base | trained | difference [95% interval] | time |", "|---|---|---|---|---|---|"]
-    for seed in range(SEEDS):
-        name, began = f"reproduce-grpo-{seed}", time.time()
-        finish(grpo(name, "aesthetic", seed))
-        seconds = time.time() - began
-        lines += [f"| {seed} | {reward} | {cells(row)} | {seconds:.0f} s |" for reward, row in evaluation(name).items()]
+    lines = seed_table("grpo.py", "grpo")
     for picture in ("samples/before_after.png", "curve.png"):
         shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / picture, ASSETS / f"grpo_{Path(picture).name}")
     return lines
@@ -120,6 +159,91 @@ def curation(stages=(15, 30, 45)):
     return ["| prompts | seed | judge | base | trained | difference [95% interval] |", "|---|---|---|---|---|---|", *table]
 
 
+def nft():
+    """The same bar as `first`, then several rewards with weights per category, then edits; judged on held-out prompts by rollout.py."""
+    lines = seed_table("nft.py", "nft")
+    tasks = {"several": ("rewards.json", "prompts.jsonl", "heldout.jsonl", "6"),
+             "edits": ("rewards_edit.json", "edits.jsonl", "edits_heldout.jsonl", "13")}
+    trainings, drawings, comparisons = [], [], []
+    for task, (rewards, prompts, heldout, images) in tasks.items():
+        scored = [heldout, [str(TINY / rewards)], "--group-size", images]
+        names = [f"reproduce-nft-{task}-{seed}" for seed in range(SEEDS)]
+        trainings += [training("nft.py", name, seed, "--reward", str(TINY / rewards), "--prompts", str(TINY / prompts),
+                               "--eval-prompts", str(TINY / heldout)) for seed, name in enumerate(names)]
+        drawings += [drawing(name, ROOT / "runs" / name / "model", *scored) for name in names]
+        drawings.append(drawing(f"reproduce-base-{task}", TINY / "model", *scored))
+        comparisons.append(["rollout.py", "--out", f"rollouts/reproduce-nft-{task}", "--compare",
+                            f"base=rollouts/reproduce-base-{task}",
+                            *(f"seed-{seed}=rollouts/{name}" for seed, name in enumerate(names))])
+    for commands in (trainings, drawings, comparisons):
+        side_by_side(commands)
+    for task in tasks:
+        table = (ROOT / "rollouts" / f"reproduce-nft-{task}" / "comparison.md").read_text().splitlines()
+        lines += ["", f"{task}:", *[line for line in table if line.startswith(("| category", "| ---", "| all"))][:8]]
+    return lines
+
+
+def study(variants, guidances):
+    """Train {label: (script, arguments)} on the aesthetic reward with all seeds, draw held-out prompts with every guidance, and judge.
+
+    Returns a table and {(label, guidance): records of the first seed}, with the base under the label "base".
+    """
+    judges = ["aesthetic", *ORACLES]
+    runs = {(label, seed): f"reproduce-{label.replace(' ', '-')}-{seed}" for label in variants for seed in range(SEEDS)}
+    side_by_side([training(variants[label][0], name, seed, "--reward", "aesthetic", *variants[label][1])
+                  for (label, seed), name in runs.items()])
+    models = {("base", 0): TINY / "model"} | {key: ROOT / "runs" / name / "model" for key, name in runs.items()}
+    names = {(*key, cfg): f"reproduce-{'-'.join(map(str, (*key, cfg))).replace(' ', '-')}" for key in models for cfg in guidances}
+    side_by_side([drawing(name, models[label, seed], "heldout.jsonl", judges, "--group-size", "4", "--cfg", str(cfg))
+                  for (label, seed, cfg), name in names.items()])
+    records = {key: rollout.read_records(ROOT / "rollouts" / name) for key, name in names.items()}
+    rewards = rollout.reward_names(records["base", 0, guidances[0]])[:-1]
+    lines = [f"| trained | drawn with guidance | {' | '.join(rewards)} |", "|---" * (2 + len(rewards)) + "|"]
+    for cfg in guidances:
+        base = {reward: rollout.score_array(records["base", 0, cfg], reward) for reward in rewards}
+        lines.append(f"| base | {cfg} | {' | '.join(f'{rollout.mean(base[reward]):.3f}' for reward in rewards)} |")
+        for label in variants:
+            gains = [[rollout.mean_difference(base[reward], rollout.score_array(records[label, seed, cfg], reward))[0]
+                      for seed in range(SEEDS)] for reward in rewards]
+            lines.append(f"| {label} | {cfg} | {' | '.join(' / '.join(f'{gain:+.2f}' for gain in row) for row in gains)} |")
+    return lines, {(label, cfg): found for (label, seed, cfg), found in records.items() if seed == 0}
+
+
+def pictures(records, labels):
+    """Rows for image_grid_png: the first image of the first eight prompts."""
+    return [[(f"{label}: {record['prompt']}", Image.open(record["folder"] / record["file"])) for record in rollout.by_prompt(found)[:8]]
+            for label, found in zip(labels, records)]
+
+
+def reward_curves(labels, window=5):
+    """{label: [(step, running mean of the rollout's reward over all seeds)]}."""
+    curves = {}
+    for label in labels:
+        logs = [[json.loads(line)["reward"]["aesthetic"] for line in path.read_text().splitlines()]
+                for path in (ROOT / "runs").glob(f"reproduce-{label.replace(' ', '-')}-[0-9]/log.jsonl")]
+        means = [sum(values) / len(values) for values in zip(*logs)]
+        curves[label] = [(step, sum(means[step - window:step]) / window) for step in range(window, len(means) + 1)]
+    return curves
+
+
+def cfg():
+    strategies = {"hybrid": [], "guided in both": ["--guided-objective"], "guided in neither": ["--cfg", "1"]}
+    variants = {f"{name} {label}": (f"{name}.py", arguments) for name in ("grpo", "nft") for label, arguments in strategies.items()}
+    lines, records = study(variants, (2, 1))
+    keys = [(label, guidance) for label in ("base", *variants) for guidance in (2, 1)]
+    model.image_grid_png(ASSETS / "cfg.png", *pictures([records[key] for key in keys], [f"{label}, cfg {g}" for label, g in keys]))
+    model.line_chart(ASSETS / "cfg_curves.png", reward_curves(variants), f"reward of the rollout, mean of {SEEDS} seeds", "step")
+    return lines
+
+
+def timesteps():
+    variants = {f"{name} {label}": (f"{name}.py", arguments) for name in ("grpo", "nft")
+                for label, arguments in (("high noise", []), ("all timesteps", ["--train-timesteps", "all"]))}
+    lines, _ = study(variants, (2,))
+    model.line_chart(ASSETS / "timesteps.png", reward_curves(variants), f"reward of the rollout, mean of {SEEDS} seeds", "step")
+    return lines
+
+
 def stack(pictures, path):
     """Figures under each other."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
@@ -128,7 +252,7 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-PARTS = {"first": first, "paradigms": paradigms, "curation": curation}
+PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft, "cfg": cfg, "timesteps": timesteps}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

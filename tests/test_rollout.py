@@ -266,6 +266,15 @@ def test_comparison_marks_judges_that_were_trained_on():
         rollout.compare_ratings(players, "q", 0.02)
 
 
+def test_a_reward_that_never_applies_is_left_open():
+    base = {"r": np.ones((3, 2)), "s": np.full((3, 2), np.nan)}
+    players = {"base": records(base), "rl": records(base)}
+    means = rollout.compare_means(players)
+    assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": [None, None], "trained_on": False}
+    text = rollout.comparison_text(players, means, rollout.compare_ratings(players, "r", 0.02), "r", 0.02)
+    assert "| all | s | - | - (- [-, -]) |" in text and json.loads(json.dumps(means, allow_nan=False)) == means
+
+
 def test_other_prompts_or_seeds_are_not_compared():
     a, b = records({"r": np.ones((3, 2))}), records({"r": np.ones((3, 2))})
     b[0]["prompt"] = "another"
