@@ -354,7 +354,7 @@ def main(argv=None):
         x, x_next = (torch.stack([states[k + d][group, g] for k, g in micro]) for d in (0, 1))
         return x, x_next, *schedule[:, [k for k, _ in micro]]
 
-    # ---- 9. frozen velocities and held-out pictures (same in grpo, nft) --------------------------------------
+    # ---- 9. frozen velocities (same in grpo, nft) ------------------------------------------------------------
     pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
              for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
     peak = matmul_peak(device)
@@ -382,7 +382,8 @@ def main(argv=None):
                 velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
         return velocities
 
-    def heldout_images(ids, number):
+    # ---- 10. held-out pictures (same in grpo, nft) -----------------------------------------------------------
+    def heldout_images(ids, number, cfg):
         """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
         images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
         batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
@@ -392,9 +393,9 @@ def main(argv=None):
         """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
         return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
 
-    def heldout_scores(number):
+    def heldout_scores(number, cfg):
         """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
-        images = heldout_images(eval_ids, number)
+        images = heldout_images(eval_ids, number, cfg)
         found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
         failed = Counter(why for row in found for _, why in row if why)
         for why, count in failed.most_common(3):
@@ -404,13 +405,13 @@ def main(argv=None):
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
         return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
-    # ---- 10. train -------------------------------------------------------------------------------------------
+    # ---- 11. train -------------------------------------------------------------------------------------------
     log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
         if args.sample_every and step % args.sample_every == 0:
-            shown = heldout_images([i for i in eval_ids if i < 24], 1)
+            shown = heldout_images([i for i in eval_ids if i < 24], 1, cfg)
             shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
             if rank == 0:
                 image_grid_png(run / "samples" / f"{step:06d}.png", shown)
@@ -521,15 +522,15 @@ def main(argv=None):
             print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
             return
 
-    # ---- 11. done (same in grpo, nft) ------------------------------------------------------------------------
+    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
         move_judges(rewards + judges, device)
         load_weights(slot, root / "transformer")
-        before, pictures_before = heldout_scores(number)
+        before, pictures_before = heldout_scores(number, cfg)
         fill(slot, own_rows(policy))
-        after, pictures_after = heldout_scores(number)
+        after, pictures_after = heldout_scores(number, cfg)
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)

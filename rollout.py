@@ -296,9 +296,9 @@ def compare_means(players):
             first = next(iter(arrays.values()))
             for name, scores in arrays.items():
                 difference, low, high = mean_difference(first, scores)
-                values = [float(x) if np.isfinite(x) else None for x in (mean(scores), difference, low, high)]
+                average, difference, *interval = (float(x) if np.isfinite(x) else None for x in (mean(scores), difference, low, high))
                 found.setdefault(category, {}).setdefault(reward, {})[name] = {
-                    "mean": values[0], "difference": values[1], "interval": values[2:], "trained_on": reward in trained_on(players[name])}
+                    "mean": average, "difference": difference, "interval": interval, "trained_on": reward in trained_on(players[name])}
     return found
 
 
