@@ -192,9 +192,9 @@ def kl_loss(v, v_ref):
 # ---- 5. the run (same in grpo, nft) --------------------------------------------------------------------------
 
 
-def open_run(args):
-    """runs/NAME for this run: one that is not there yet, or the one that --resume continues, checked to be the same run."""
-    names = [Path(spec.partition("=")[0]).stem for spec in args.reward]
+def open_run(args, specs):
+    """runs/NAME for this run, NAME from `specs`: one that is not there yet, or the one --resume continues, checked to be the same."""
+    names = [Path(spec.partition("=")[0]).stem for spec in specs]
     stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
     run, number = Path("runs") / stem, 2
     if args.resume:
@@ -312,7 +312,7 @@ def main(argv=None):
     tokens, K = grid[0] * grid[1], len(t) - 1
     lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
-    run = open_run(args)
+    run = open_run(args, args.reward)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
     if P % unit:

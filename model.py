@@ -1470,7 +1470,7 @@ def image_grid_png(path, *rows, columns=8):
 
 def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}."""
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
     series = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in series.items()}
     if not any(series.values()):
         return
@@ -1490,7 +1490,7 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
     for i, (name, line) in enumerate(series.items()):
-        colour, line, y = colours[i % 6], [place(*p) for p in line], box[1] + 10 + 18 * i
+        colour, line, y = colours[i % 8], [place(*p) for p in line], box[1] + 10 + 18 * i
         for x, y_dot in line if dots or len(line) == 1 else ():
             draw.ellipse((x - 2, y_dot - 2, x + 2, y_dot + 2), fill=colour)
         if not dots:

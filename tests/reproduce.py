@@ -4,8 +4,7 @@
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
     python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: 35 minutes
     python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 35 minutes
-    python tests/reproduce.py cfg            # Sec. 4.1, Fig. 3: the three CFG strategies, GRPO and NFT: 60 minutes
-    python tests/reproduce.py timesteps      # Sec. 4.2: all timesteps against the high-noise half: 25 minutes
+    python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: 45 minutes
 
 Trainings run side by side, one for every core.
 """
@@ -183,64 +182,44 @@ def nft():
     return lines
 
 
-def study(variants, guidances):
-    """Train {label: (script, arguments)} on the aesthetic reward with all seeds, draw held-out prompts with every guidance, and judge.
-
-    Returns a table and {(label, guidance): records of the first seed}, with the base under the label "base".
-    """
-    judges = ["aesthetic", *ORACLES]
-    runs = {(label, seed): f"reproduce-{label.replace(' ', '-')}-{seed}" for label in variants for seed in range(SEEDS)}
-    side_by_side([training(variants[label][0], name, seed, "--reward", "aesthetic", *variants[label][1])
-                  for (label, seed), name in runs.items()])
+def strategies(steps=30, guidances=(2, 1)):
+    """Hybrid guidance and trained timesteps at high noise (the defaults) against the alternatives: training on the aesthetic reward
+    with all seeds, held-out prompts drawn with and without guidance, judged by the reward and by the oracle."""
+    alternatives = {"default": [], "guided in both": ["--guided-objective"], "guided in neither": ["--cfg", "1"],
+                    "all timesteps": ["--train-timesteps", "all"]}
+    labels = [f"{script} {label}" for script in ("grpo", "nft") for label in alternatives]
+    runs = {(label, seed): f"reproduce-{label.replace(' ', '-')}-{seed}" for label in labels for seed in range(SEEDS)}
+    side_by_side([training(f"{label.split()[0]}.py", name, seed, "--reward", "aesthetic", "--steps", str(steps),
+                           *alternatives[label.split(" ", 1)[1]]) for (label, seed), name in runs.items()])
     models = {("base", 0): TINY / "model"} | {key: ROOT / "runs" / name / "model" for key, name in runs.items()}
-    names = {(*key, cfg): f"reproduce-{'-'.join(map(str, (*key, cfg))).replace(' ', '-')}" for key in models for cfg in guidances}
-    side_by_side([drawing(name, models[label, seed], "heldout.jsonl", judges, "--group-size", "4", "--cfg", str(cfg))
+    names = {(*key, cfg): f"reproduce-{key[0].replace(' ', '-')}-{key[1]}-cfg{cfg}" for key in models for cfg in guidances}
+    side_by_side([drawing(name, models[label, seed], "heldout.jsonl", ["aesthetic", *ORACLES], "--group-size", "2", "--cfg", str(cfg))
                   for (label, seed, cfg), name in names.items()])
     records = {key: rollout.read_records(ROOT / "rollouts" / name) for key, name in names.items()}
+    model.image_grid_png(ASSETS / "strategies.png", *(
+        [(f"{label}, cfg {cfg}: {record['prompt']}", Image.open(record["folder"] / record["file"]))
+         for record in rollout.by_prompt(records[label, 0, cfg])[:8]] for label in ("base", *labels) for cfg in guidances))
+    curves = {}
+    for label in labels:
+        logs = [[json.loads(line)["reward"]["aesthetic"] for line in (ROOT / "runs" / runs[label, seed] / "log.jsonl").open()]
+                for seed in range(SEEDS)]
+        means = [sum(values) / SEEDS for values in zip(*logs)]
+        curves[label] = [(step, sum(means[step - 5:step]) / 5) for step in range(5, steps + 1)]
+    model.line_chart(ASSETS / "strategies_curves.png", curves, f"reward of the rollout, mean of {SEEDS} seeds and 5 steps", "step")
+    return strategy_table(records, labels, guidances)
+
+
+def strategy_table(records, labels, guidances):
+    """Means of the base and gains over it in every seed, drawn with the same guidance."""
     rewards = rollout.reward_names(records["base", 0, guidances[0]])[:-1]
     lines = [f"| trained | drawn with guidance | {' | '.join(rewards)} |", "|---" * (2 + len(rewards)) + "|"]
     for cfg in guidances:
         base = {reward: rollout.score_array(records["base", 0, cfg], reward) for reward in rewards}
         lines.append(f"| base | {cfg} | {' | '.join(f'{rollout.mean(base[reward]):.3f}' for reward in rewards)} |")
-        for label in variants:
+        for label in labels:
             gains = [[rollout.mean_difference(base[reward], rollout.score_array(records[label, seed, cfg], reward))[0]
                       for seed in range(SEEDS)] for reward in rewards]
             lines.append(f"| {label} | {cfg} | {' | '.join(' / '.join(f'{gain:+.2f}' for gain in row) for row in gains)} |")
-    return lines, {(label, cfg): found for (label, seed, cfg), found in records.items() if seed == 0}
-
-
-def pictures(records, labels):
-    """Rows for image_grid_png: the first image of the first eight prompts."""
-    return [[(f"{label}: {record['prompt']}", Image.open(record["folder"] / record["file"])) for record in rollout.by_prompt(found)[:8]]
-            for label, found in zip(labels, records)]
-
-
-def reward_curves(labels, window=5):
-    """{label: [(step, running mean of the rollout's reward over all seeds)]}."""
-    curves = {}
-    for label in labels:
-        logs = [[json.loads(line)["reward"]["aesthetic"] for line in path.read_text().splitlines()]
-                for path in (ROOT / "runs").glob(f"reproduce-{label.replace(' ', '-')}-[0-9]/log.jsonl")]
-        means = [sum(values) / len(values) for values in zip(*logs)]
-        curves[label] = [(step, sum(means[step - window:step]) / window) for step in range(window, len(means) + 1)]
-    return curves
-
-
-def cfg():
-    strategies = {"hybrid": [], "guided in both": ["--guided-objective"], "guided in neither": ["--cfg", "1"]}
-    variants = {f"{name} {label}": (f"{name}.py", arguments) for name in ("grpo", "nft") for label, arguments in strategies.items()}
-    lines, records = study(variants, (2, 1))
-    keys = [(label, guidance) for label in ("base", *variants) for guidance in (2, 1)]
-    model.image_grid_png(ASSETS / "cfg.png", *pictures([records[key] for key in keys], [f"{label}, cfg {g}" for label, g in keys]))
-    model.line_chart(ASSETS / "cfg_curves.png", reward_curves(variants), f"reward of the rollout, mean of {SEEDS} seeds", "step")
-    return lines
-
-
-def timesteps():
-    variants = {f"{name} {label}": (f"{name}.py", arguments) for name in ("grpo", "nft")
-                for label, arguments in (("high noise", []), ("all timesteps", ["--train-timesteps", "all"]))}
-    lines, _ = study(variants, (2,))
-    model.line_chart(ASSETS / "timesteps.png", reward_curves(variants), f"reward of the rollout, mean of {SEEDS} seeds", "step")
     return lines
 
 
@@ -252,7 +231,8 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft, "cfg": cfg, "timesteps": timesteps}
+PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft,
+         "strategies": strategies}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
