@@ -510,15 +510,15 @@ def on_white(image):
 
 @dataclass
 class Request:
-    """One line of a prompt file. category chooses reward weights; sources are paths of source images (edits)."""
+    """One line of a prompt file. category chooses reward weights, task a teacher; sources are paths of source images (edits)."""
 
     prompt: str
     category: str = "general"
     sources: tuple = ()
+    task: str = ""
 
-    @property
-    def task(self):
-        return "edit" if self.sources else "t2i"
+    def __post_init__(self):
+        self.task = self.task or ("edit" if self.sources else "t2i")
 
     def images(self):
         return [Image.open(path).convert("RGBA") for path in self.sources]
@@ -527,8 +527,8 @@ class Request:
 def load_prompts(path):
     """Prompt file -> [Request], text-to-image first; a prompt's id is its place in this list.
 
-    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file}. A file whose name
-    ends in .txt holds one prompt a line.
+    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file, "task"?: ...}. A file whose
+    name ends in .txt holds one prompt a line.
     """
     path, requests = Path(path), []
     if not path.is_file():
@@ -545,7 +545,7 @@ def load_prompts(path):
         for source in sources:
             if not Path(source).is_file():
                 raise FileNotFoundError(f"{path}:{number}: no source image {source}")
-        requests.append(Request(prompt, record.get("category", "general"), sources))
+        requests.append(Request(prompt, record.get("category", "general"), sources, record.get("task", "")))
     if not requests:
         raise ValueError(f"{path} holds no prompts")
     return sorted(requests, key=lambda request: request.task, reverse=True)

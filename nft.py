@@ -109,7 +109,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- 2. rollout (same in grpo, nft) --------------------------------------------------------------------------
+# ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
 
 
 def trained_steps(spec, total):
@@ -125,6 +125,9 @@ def trained_steps(spec, total):
     return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
+# ---- 3. rewards and advantage (same in grpo, nft) ------------------------------------------------------------
+
+
 def await_scores(futures, arrived, count):
     """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds."""
     start = time.perf_counter()
@@ -133,7 +136,14 @@ def await_scores(futures, arrived, count):
     return time.perf_counter() - start
 
 
-# ---- 3. advantage (same in grpo, nft) ------------------------------------------------------------------------
+def check_failures(step, reasons, asked, limit):
+    """The reasons, counted over all ranks, if more than a share `limit` of the scores that a step `asked` for failed; else None."""
+    parts = all_gather_list([(reasons, asked)])
+    reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
+    if sum(reasons.values()) <= limit * scores:
+        return None
+    table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
+    return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
 
 
 def group_advantage(scores, weights):
@@ -156,6 +166,24 @@ def group_advantage(scores, weights):
     signal = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
     z = ((values - mean) / std.where(std > 0, 1)).where(signal, 0)                                           # Eq. 4   (K, P, G)
     return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
+
+
+def step_record(parts, rewards):
+    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
+    scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
+                                  for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
+    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
+    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
+    return {
+        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
+        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
+        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
+        "failed": scores.isnan().sum().item(),
+        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
+        "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
+        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
+        **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
 
 
 # ---- 4. loss -------------------------------------------------------------------------------------------------
@@ -190,7 +218,7 @@ def kl_loss(v, v_ref):
     return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
 
 
-# ---- 5. the run (same in grpo, nft) --------------------------------------------------------------------------
+# ---- 5. the run (same in grpo, nft, opd) ---------------------------------------------------------------------
 
 
 def open_run(args, specs):
@@ -238,34 +266,6 @@ def apply_update(optimizer, params, loss, grad_clip):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item(), finite
-
-
-def check_failures(step, reasons, asked, limit):
-    """The reasons, counted over all ranks, if more than a share `limit` of the scores that a step `asked` for failed; else None."""
-    parts = all_gather_list([(reasons, asked)])
-    reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
-    if sum(reasons.values()) <= limit * scores:
-        return None
-    table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-    return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
-
-
-def step_record(parts, rewards):
-    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
-    scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
-                                  for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
-    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
-    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
-    return {
-        "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
-        "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
-        "score_mass": {reward.name: reward.score.mass for reward in rewards if hasattr(reward.score, "mass")},
-        "failed": scores.isnan().sum().item(),
-        "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
-        "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
-        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
-        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
-        **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
 
 
 def read_log(path, steps):
@@ -390,7 +390,7 @@ def main(argv=None):
                 velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
         return velocities
 
-    # ---- 10. held-out pictures (same in grpo, nft) -----------------------------------------------------------
+    # ---- 10. held-out pictures (same in grpo, nft, opd) ------------------------------------------------------
     def heldout_images(ids, number, cfg):
         """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
         images = [(0, ("heldout", i), n) for i in ids for n in range(number)]

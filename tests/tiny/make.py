@@ -378,8 +378,8 @@ def make_prompts(relations=160, edits=96):
                         "before": world.caption(source), "after": world.caption(target)})
     write_lines(HERE / "edits_heldout.jsonl", records[:edits // 3])
     write_lines(HERE / "edits.jsonl", records[edits // 3:])
-    both = [(HERE / name).read_text() for name in ("prompts.jsonl", "edits.jsonl")]
-    (HERE / "mixed.jsonl").write_text("".join(both))  # Mix-RL of Sec. 4.3
+    both = [(HERE / name).read_text() for name in ("prompts.jsonl", *["edits.jsonl"] * 4)]  # about as many of either task
+    (HERE / "mixed.jsonl").write_text("".join(both))
 
 
 def base_samples(prompts, per_prompt, seed, sources=None):

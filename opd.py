@@ -1,0 +1,444 @@
+"""On-policy distillation (Sec. 4.3, App. A): one student learns from a teacher per task, without rewards and without guidance.
+
+The student samples by the unguided ODE (Eq. 3); at the states it comes through, the teacher of the prompt's task says where it
+would go with guidance, and the student learns to go there without (Eq. 14). What guidance added becomes part of its weights.
+
+    python opd.py --teacher t2i=runs/T2I/model edit=runs/EDIT/model              # tiny model, CPU, about 5 minutes
+    torchrun --nproc_per_node=8 opd.py --model Qwen/Qwen-Image-2.1 --teacher t2i=DIR edit=DIR --prompts mixed.jsonl
+
+The run ends with a table: held-out prompts, same seeds, the guided base before, the unguided student after. Everything it leaves
+is in runs/NAME/.
+
+Differs from the paper:
+  1. Eq. 14 sums n = 1 .. N, which has no velocity at t_N and leaves t_0 = 1 out. Here it is the states t_0 .. t_{N-1} at which the
+     student's velocity was used.
+  2. The squared norm and the sum over n are means, so that the learning rate depends neither on resolution nor on N.
+  3. No gradient flows through the trajectory: states are sampled first and trained on afterwards. The paper says "saved".
+  4. Eq. 18 integrates over t where Eq. 14 and 19 sum; --dt-weighting weighs every state by its step's |dt|, as Eq. 18 does.
+  5. The paper gives neither learning rate nor batch.
+"""
+
+import argparse
+import gc
+import json
+import math
+import signal
+import time
+from collections import Counter
+from typing import NamedTuple
+from pathlib import Path
+
+from model import (
+    Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model, forward_flops, generate,
+    guided_velocity, image_generator, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_weights,
+    materialise, matmul_peak, move_judges, new_transformer, own_rows, park, read_config, sampling_settings, save_checkpoint,
+    save_model, setup, shard, write_text)
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+
+# ---- 1. arguments --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
+    add("--prompts", default=str(TINY / "mixed.jsonl"), help="prompts to train on: JSON Lines, or .txt")
+    add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
+    add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--save-every", type=int, default=50, metavar="STEPS",
+        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+    add("--eval-images", type=int, default=450, metavar="N",
+        help="held-out images in the final table, 0 for no table (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
+    add = parser.add_argument_group("teachers").add_argument
+    add("--teacher", nargs="+", required=True, metavar="TASK=DIR",
+        help="for every task of the prompts (t2i, edit, or what `task` says) the model of its teacher: directory or hub id")
+    add("--teacher-cfg", type=float, metavar="S", help="guidance scale of all teachers (default: each checkpoint's own, else 4)")
+    add("--judge", nargs="+", default=[], metavar="R", help="rewards of the final table, as in grpo.py")
+    add = parser.add_argument_group("rollout").add_argument
+    add("--prompts-per-step", type=int, metavar="P",
+        help="a multiple of ranks x updates (default: the smallest from 16 on)")
+    add("--group-size", type=int, default=4, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--train-timesteps", default="all", metavar="STEPS",
+        help="sampler steps that are trained: all; half, the noisier one; a number, spread over that; or a list as 0,2,3 "
+             "(default: %(default)s)")
+    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, help="AdamW (default: 2e-5 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--dt-weighting", action="store_true", help="weigh every state by its step's |dt| (Eq. 18; default: equally, Eq. 14)")
+    add("--updates-per-rollout", type=int, default=1, metavar="U",
+        help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
+    add("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
+    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass (default: on a GPU)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    return parser.parse_args(argv)
+
+
+# ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
+
+
+def trained_steps(spec, total):
+    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included; that half; all; a list."""
+    half = max(1, total // 2)
+    if spec in ("half", "all"):
+        return list(range(half if spec == "half" else total))
+    steps = [int(k) for k in spec.split(",") if k.strip().isdecimal()]
+    if "," in spec and steps and max(steps) < total:
+        return sorted(set(steps))
+    if "," in spec or not steps or not 1 <= steps[0] <= half:
+        raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
+    return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+
+
+# ---- 3. teachers ---------------------------------------------------------------------------------------------
+
+
+class Teacher(NamedTuple):
+    """What waits for its turn in the slot: this rank's rows in host memory, the guidance scale, and what it was trained on."""
+
+    rows: list
+    cfg: float
+    trained_on: list
+
+
+def teacher_roots(specs, requests, where):
+    """--teacher values -> {task: directory}, one for every task of the prompts."""
+    roots = {}
+    for task, _, name in (spec.partition("=") for spec in specs):
+        if not name or task in roots:
+            raise ValueError(f"--teacher {' '.join(specs)}: want TASK=DIR for different tasks, as t2i=DIR edit=DIR")
+        roots[task] = find_model(name)
+    missing = {request.task for request in requests} - roots.keys()
+    if missing:
+        raise ValueError(f"{where} has {' and '.join(sorted(missing))} prompts, but there is no --teacher {missing.pop()}=DIR")
+    return {task: roots[task] for task in sorted(roots, reverse=True)}  # in the order of a prompt file
+
+
+# ---- 4. loss -------------------------------------------------------------------------------------------------
+
+
+def opd_loss(v, v_teacher, weight):
+    """Velocity matching on the student's own states, one row per (image, timestep). fp32.
+
+    v          (B, N, C)  unguided velocity of the student;  v_teacher (B, N, C)  guided velocity of its task's teacher
+    weight     (B,)       1 (Eq. 14), or N |dt| (Eq. 18)
+    Returns the loss summed over rows, and the squared error of every row (B,).
+    """
+    error = (v - v_teacher).pow(2).mean(dim=(1, 2))                                                          # (B,)  difference 2
+    return (weight * error).sum(), error.detach()                                                            # ()         Eq. 14
+
+
+# ---- 5. the run (same in grpo, nft, opd) ---------------------------------------------------------------------
+
+
+def open_run(args, specs):
+    """runs/NAME for this run, NAME from `specs`: one that is not there yet, or the one --resume continues, checked to be the same."""
+    names = [Path(spec.partition("=")[0]).stem for spec in specs]
+    stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
+    run, number = Path("runs") / stem, 2
+    if args.resume:
+        if not args.name or not (run / "args.json").exists():
+            raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
+        before = json.loads((run / "args.json").read_text())
+        args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures")
+        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        if changed:
+            raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
+        return run
+    if args.name and (run / "args.json").exists():
+        raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
+    while (run / "args.json").exists():
+        run, number = Path("runs") / f"{stem}-{number}", number + 1
+    dist.barrier()  # every rank has looked before rank 0 creates it
+    return run
+
+
+def prompt_ids(step, count, per_step, seed):
+    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
+    if per_step > count:
+        raise ValueError(f"--prompts-per-step {per_step}: the prompt file has only {count}")
+    epoch, part = divmod(step, count // per_step)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
+
+
+def rank_share(ids, updates, rank, world):
+    """This rank's prompt ids, [updates][groups]: an update has the same prompts whatever the number of ranks."""
+    return [ids[update::updates][rank::world] for update in range(updates)]
+
+
+def apply_update(optimizer, params, loss, grad_clip):
+    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).full_tensor()
+    finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item(), finite
+
+
+def read_log(path, steps):
+    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again."""
+    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if path.exists() else []
+
+
+def write_log(path, log, new):
+    """Append the last line; a new or resumed run writes all of its lines."""
+    with open(path, "w" if new else "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
+
+
+def report(run, rewards, before, after, title):
+    """Print and save the before/after table; scores (K, prompts, images)."""
+    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
+    table = {}
+    for reward, a, b in zip(rewards, before, after):
+        base, trained, difference, half = interval(a, b)
+        low, high = difference - half, difference + half
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
+    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
+
+
+def interval(before, after):
+    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
+    difference = (after - before).nanmean(dim=1)
+    difference = difference[difference.isfinite()]  # prompts without a score are left out
+    half = 1.96 * difference.std() / len(difference) ** 0.5
+    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
+
+
+def main(argv=None):
+    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+    args = parse_args(argv)
+    rank, world, device = setup()
+    stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    cuda, dtype = device.type == "cuda", compute_dtype(device)
+    root = find_model(args.model)
+    policy = new_transformer(root, torch.float32)
+    config = policy.config
+    grid, t, base_cfg = sampling_settings(root, args.size, args.sampler_steps)
+    tokens, K = grid[0] * grid[1], len(t) - 1
+    lr = 2e-5 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
+    micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
+    run = open_run(args, args.teacher)
+    G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
+    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
+    if P % unit:
+        below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
+        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    trained = trained_steps(args.train_timesteps, K)
+
+    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+    requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
+    eval_ids = list(range(rank, len(heldout), world))
+    roots = teacher_roots(args.teacher, requests, args.prompts)
+    used = {i: requests[i] for share in shares for part in share for i in part}
+    vae = load_vae(root, device, dtype)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
+
+    # ---- 8. models -------------------------------------------------------------------------------------------
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
+    policy = materialise(shard(policy, device), root, device)
+    policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    teachers = {}
+    for task, teacher in roots.items():  # through the student's storage: a rank reads and keeps its own rows alone
+        own = read_config(teacher / "model_index.json").get("_sampling", {})
+        guidance = own.get("guidance_scale", 4.0) if args.teacher_cfg is None else args.teacher_cfg
+        teacher_rows = park(own_rows(load_weights(policy, teacher / "transformer")), dtype)
+        teachers[task] = Teacher(teacher_rows, guidance, own.get("trained_on", []))
+    load_weights(policy, root / "transformer")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
+    sampler = Sampler(slot, cuda if args.graph is None else args.graph)
+    rewards, judges = [], load_rewards(args.judge, root, dtype, {}) if args.judge else []
+    weight = (t.diff().abs() * K if args.dt_weighting else torch.ones(K)).to(device)                         # (K,)
+    pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
+    memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
+              "slot": sum(param.nbytes for param in slot.parameters()), "sampled states": 4 * state_floats * len(trained),
+              "teacher velocities": 4 * state_floats * len(trained),
+              "teachers in host memory": sum(row.nbytes for teacher in teachers.values() for row in teacher.rows)}
+
+    def rows(states, group, micro):
+        """x (B, N, C) and t (B,) of a micro-batch."""
+        return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
+
+    # ---- 9. teacher velocities -------------------------------------------------------------------------------
+    peak = matmul_peak(device)
+    if rank == 0:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
+        size = sum(param.numel() for param in policy.parameters())
+        print(f"{run}: {size:,} parameters on {world} x {device.type}; "
+              f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
+        print(f"sampler: {K} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
+        print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
+        for task, teacher in teachers.items():
+            print(f"teacher {task}: guidance {teacher.cfg:g}; {roots[task]}")
+
+    @torch.no_grad()
+    def teacher_velocities(task, ids, states):
+        """Guided velocities by the task's teacher, in the slot, on the very micro-batches that will be trained: {(group, m): v}."""
+        velocities, cfg = {}, teachers[task].cfg
+        for group in (group for group, i in enumerate(ids) if requests[i].task == task):
+            prefixes = [slot.prefix([prompt], grid) for prompt in encoded[ids[group]][:2 if cfg != 1 else 1]]
+            for m, micro in enumerate(micro_batches):
+                velocities[group, m] = guided_velocity(slot, *rows(states, group, micro), *prefixes, cfg=cfg)
+        return velocities
+
+    # ---- 10. held-out pictures (same in grpo, nft, opd) ------------------------------------------------------
+    def heldout_images(ids, number, cfg):
+        """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
+        images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
+        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+
+    def gather_by_prompt(values):
+        """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
+        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+
+    def heldout_scores(number, cfg):
+        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
+        images = heldout_images(eval_ids, number, cfg)
+        found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
+        failed = Counter(why for row in found for _, why in row if why)
+        for why, count in failed.most_common(3):
+            print(f"held-out scores that failed: {count} x {why}")
+        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
+        scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
+        scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
+        return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
+
+    # ---- 11. train -------------------------------------------------------------------------------------------
+    log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        fill(slot, own_rows(policy))
+        if args.sample_every and step % args.sample_every == 0:
+            shown = heldout_images([i for i in eval_ids if i < 24], 1, 1.0)
+            shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
+            if rank == 0:
+                image_grid_png(run / "samples" / f"{step:06d}.png", shown)
+        clock = time.perf_counter()
+
+        # rollout: the student's own unguided trajectory; nothing is decoded
+        ids = [i for part in shares[step] for i in part]
+        images, states = [(step, i, g) for i in ids for g in range(G)], []
+        for first in range(0, len(images), batch):
+            chunk = images[first:first + batch]
+            generators = [image_generator(args.seed, *key) for key in chunk]
+            states.append(sampler([encoded[i] for _, i, _ in chunk], generators, grid, t, torch.zeros(K), 1.0, trained)[1])
+        states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
+        cuda and torch.cuda.synchronize()
+        rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        # the teachers take the slot in turn; every rank loads those that any rank needs
+        v_teacher, swap_seconds = {}, 0.0
+        for task in sorted({requests[i].task for i in prompt_ids(step, len(requests), P, args.seed)}, reverse=True):
+            swap = time.perf_counter()
+            fill(slot, teachers[task].rows)
+            cuda and torch.cuda.synchronize()
+            swap_seconds += time.perf_counter() - swap
+            v_teacher |= teacher_velocities(task, ids, states)
+        cuda and torch.cuda.synchronize()
+        frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+        if cuda:
+            sampler.drop()  # the updates need the memory
+
+        # updates, each on its own groups
+        errors, losses, norms, skipped = [], [], [], 0
+        groups = len(ids) // U
+        scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+        for update in range(U):
+            total = torch.zeros((), device=device)
+            for group in range(update * groups, (update + 1) * groups):
+                prefix = policy.prefix([encoded[ids[group]][0]], grid)
+                leaves = detach_prefix(prefix)
+                for m, micro in enumerate(micro_batches):
+                    v = policy.velocity(*rows(states, group, micro), leaves)                                 # (B, N, C) unguided
+                    loss, error = opd_loss(v, v_teacher[group, m], weight[[k for k, _ in micro]])
+                    errors.append(error)
+                    total += loss.detach()
+                    (loss * scale).backward()
+                backward_prefix(prefix, leaves)
+                del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
+            norm, stepped = apply_update(optimizer, policy.parameters(), total, args.grad_clip)
+            bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
+            if bad == BAD_UPDATES:
+                save_checkpoint(run / "checkpoint", step, policy, optimizer)
+                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
+                                   "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
+            losses.append(total.item() * scale)
+            norms.append(norm)
+        cuda and torch.cuda.synchronize()
+        train_seconds = time.perf_counter() - clock
+
+        # one line a step
+        work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
+        guided = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
+        work = G * ((K + 3 * len(trained)) * work + len(trained) * guided)
+        seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds, "swap": swap_seconds, "train": train_seconds}
+        total_seconds = rollout_seconds + frozen_seconds + train_seconds
+        error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
+        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "work": work, "stop": bool(stop),
+                                  "loss": losses}])
+        found = [pair for part in parts for pair in part["error"]]
+        by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
+        log.append({"step": step, "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))], "velocity_error": by_task,
+                    "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds, "images_per_second": P * G / total_seconds,
+                    "mfu": sum(part["work"] for part in parts) / (total_seconds * peak * world),
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
+        if rank == 0:
+            write_log(run / "log.jsonl", log, new=step == start)
+            curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained)) for line in log
+                             if line["velocity_error"][task]] for task in teachers}
+            line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states", "step")
+        bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
+        ending = any(part["stop"] for part in parts)
+        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+        if ending:
+            print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
+            return
+
+    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
+    save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
+    if args.eval_images:
+        number = math.ceil(args.eval_images / len(heldout))
+        move_judges(judges, device)
+        load_weights(slot, root / "transformer")
+        before, pictures_before = heldout_scores(number, base_cfg)
+        fill(slot, own_rows(policy))
+        after, pictures_after = heldout_scores(number, 1.0)
+        if rank == 0:
+            title = f"{len(heldout)} held-out prompts x {number} images, base with guidance {base_cfg:g}, student without, same seeds"
+            report(run, judges, before, after, title)
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+    if rank == 0:
+        print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # no FSDP module may outlive the process group
+    dist.destroy_process_group()
