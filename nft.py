@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--adv-max", type=float, default=2.0, metavar="A", help="A_max: clips advantages before they become r (default: %(default)s)")
     add("--old-decay", type=float, default=0.8, metavar="D",
         help="how much of the old policy a step keeps, once it has settled (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.1, metavar="W",
+    add("--kl-coef", type=float, default=0.03, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
