@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "75"]
-SMALL = {"grpo.py": TRAINING, "nft.py": TRAINING, "rollout.py": ["--group-size", "2"],
+SMALL = {"grpo.py": TRAINING, "nft.py": TRAINING, "opd.py": TRAINING, "rollout.py": ["--group-size", "2"],
          "train_reward.py": ["--steps", "2", "--batch", "4"]}
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
 LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest")  # hours, minutes, this very run
@@ -77,7 +77,7 @@ def test_only_the_seven_packages_are_imported():
         assert found <= allowed, (path.name, found - allowed)
 
 
-@pytest.mark.parametrize("script", ["grpo", "nft", "rollout", "train_reward"])
+@pytest.mark.parametrize("script", ["grpo", "nft", "opd", "rollout", "train_reward"])
 def test_help_reads(capsys, script):
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args(["--help"])
