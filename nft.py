@@ -15,7 +15,7 @@ Differs from the paper:
   3. The paper leaves open how the old policy follows. Here theta_old <- d theta_old + (1 - d) theta after every step, with
      d = min(--old-decay, k / (k + 10)) in step k = 0, 1, ...: close behind at first, then slower.
   4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are unguided. What guidance
-     adds is common to a group and cancels between its good and bad images.
+     adds to all of a group cancels between its good and bad images.
   5. The paper gives no beta, A_max, KL weight or learning rate.
   6. A score that failed is left out and counted, never 0; such an image has r = 1/2, which prefers nothing. One that does not
      apply is dropped for its group. The paper gives no rule.

@@ -566,7 +566,7 @@ REWARDS = [  # (directory, VLM to start from, training data, rewards it serves, 
     ("aesthetic", "text_encoder", "aesthetic", ["aesthetic"], 1500),
     ("alignment", "text_encoder", "alignment", ["alignment"], 3000),
     ("portrait", "text_encoder", "portrait", ["portrait"], 900),
-    ("edit", "rewards/alignment", "edit", ["instruction", "consistency"], 1500)]
+    ("edit", "rewards/alignment", "edit", ["instruction", "consistency"], 2000)]
 
 
 def make_rewards():
