@@ -182,7 +182,7 @@ def nft():
     return lines
 
 
-def strategies(steps=30, guidances=(2, 1)):
+def strategies(steps=24, guidances=(2, 1)):
     """Hybrid guidance and trained timesteps at high noise (the defaults) against the alternatives: training on the aesthetic reward
     with all seeds, held-out prompts drawn with and without guidance, judged by the reward and by the oracle."""
     alternatives = {"default": [], "guided in both": ["--guided-objective"], "guided in neither": ["--cfg", "1"],
