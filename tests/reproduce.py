@@ -168,7 +168,7 @@ def nft():
         scored = [heldout, [str(TINY / rewards)], "--group-size", images]
         names = [f"reproduce-nft-{task}-{seed}" for seed in range(SEEDS)]
         trainings += [training("nft.py", name, seed, "--reward", str(TINY / rewards), "--prompts", str(TINY / prompts),
-                               "--eval-prompts", str(TINY / heldout)) for seed, name in enumerate(names)]
+                               "--eval-prompts", str(TINY / heldout), "--steps", "20") for seed, name in enumerate(names)]
         drawings += [drawing(name, ROOT / "runs" / name / "model", *scored) for name in names]
         drawings.append(drawing(f"reproduce-base-{task}", TINY / "model", *scored))
         comparisons.append(["rollout.py", "--out", f"rollouts/reproduce-nft-{task}", "--compare",

@@ -499,7 +499,7 @@ def make_scores():
     faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"] for prompts in (train, held_out))
     samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8, SEED + 1), drawn_samples(rng, 3000)
     instructions, sources = edit_sources(rng, 600, BUILD / "sources")
-    other_instructions, other_sources = edit_sources(rng, 60, BUILD / "other-sources")
+    other_instructions, other_sources = edit_sources(np.random.default_rng(SEED + 5), 200, BUILD / "other-sources")
     edited = base_samples(instructions, 8, SEED, sources)
     spoiled = spoiled_samples(rng, samples, 4000)
     rules = {
