@@ -274,10 +274,10 @@ class FlowTransformer(nn.Module):
         real = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
         h = text.new_zeros(len(prompts), size, text.shape[-1])
         h = h.index_put(((blocks < 0) & real).nonzero(as_tuple=True), text)
-        latents = [source.flatten(1).T for p in prompts for source in p.sources]
-        if latents:
-            image = self.img_in(torch.cat(latents).to(device, dtype))
-            h = h.index_put((blocks >= 0).nonzero(as_tuple=True), image)  # (P, S, D)
+        latents = [source.flatten(1).T.to(device, dtype) for p in prompts for source in p.sources]
+        none = text.new_empty(0, self.config["in_channels"])  # keeps img_in in every graph: all ranks must reduce the same gradients
+        image = self.img_in(torch.cat([none, *latents]))
+        h = h.index_put((blocks >= 0).nonzero(as_tuple=True), image)  # (P, S, D)
 
         order = torch.arange(size, device=device)
         causal = order[:, None] >= order

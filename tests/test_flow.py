@@ -300,3 +300,13 @@ def test_shared_prefix_gradients_equal_plain_autograd(network, layout, checkpoin
     for name, param in network.named_parameters():
         assert expected[name].norm() > 0, name
         assert (param.grad - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def test_prompts_with_and_without_images_give_gradients_to_the_same_parameters(network):
+    """Ranks reduce gradients together, and one may have a text prompt where another has an edit."""
+    sets = []
+    for prompt in (make_prompt(1, (5,)), make_prompt(2, (3, 2), ((2, 2),))):
+        network.zero_grad(set_to_none=True)
+        sum(x.sum() for kv in network.prefix([prompt], GRID).kv for x in kv).backward()
+        sets.append({name for name, param in network.named_parameters() if param.grad is not None})
+    assert sets[0] == sets[1] and "img_in.weight" in sets[0]
