@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
-SMALL = ["--group-size", "4", "--eval-images", "0", "--prompts-per-step", "4", "--name", "run"]
+SMALL = ["--group-size", "4", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4", "--name", "run"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

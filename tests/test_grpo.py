@@ -104,7 +104,7 @@ def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_even
 @pytest.fixture(scope="module")
 def four_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    return folder, run_script(folder, "--reward", ORACLE, "--steps", "4", *SMALL)
+    return folder, run_script(folder, "--reward", ORACLE, "--steps", "4", *SMALL, "--sample-every", "20")
 
 
 def test_first_ratio_is_exactly_one_and_the_second_is_not(four_steps):

@@ -8,10 +8,9 @@ import torch
 
 import model
 import opd
-from runs import ROOT, assert_same_bits, checkpoint, run_script, start_script
+from runs import ROOT, SMALL, assert_same_bits, checkpoint, run_script, start_script
 
 BASE = ROOT / "tests/tiny/model"
-SMALL = ["--group-size", "2", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4", "--name", "run"]
 TEACHERS = ["--teacher", f"t2i={BASE}", f"edit={BASE}"]
 
 
@@ -78,7 +77,7 @@ def test_two_processes_agree_with_one(tmp_path):
     logs = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        logs += run_script(tmp_path / str(processes), *TEACHERS, "--steps", "1", "--rollout-batch", "2", *SMALL, script="opd.py",
+        logs += run_script(tmp_path / str(processes), *TEACHERS, "--steps", "1", "--rollout-batch", "4", *SMALL, script="opd.py",
                            processes=processes)
     assert logs[1]["loss"][0] == pytest.approx(logs[0]["loss"][0], rel=1e-5)
     assert logs[1]["grad_norm"][0] == pytest.approx(logs[0]["grad_norm"][0], rel=1e-4)

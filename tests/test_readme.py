@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "75"]
+TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "6"]
 SMALL = {"grpo.py": TRAINING, "nft.py": TRAINING, "opd.py": TRAINING, "rollout.py": ["--group-size", "2"],
          "train_reward.py": ["--steps", "2", "--batch", "4"]}
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
@@ -36,7 +36,8 @@ def small(command):
         del words[at:at + 2]
     script = next(word for word in words if word.endswith(".py"))
     several = ".json " in command + " " or "alignment" in command  # several VLMs, some of which reason: without the final table
-    return words + SMALL.get(script, []) + ["--eval-images", "0"] * (several and script in ("grpo.py", "nft.py"))
+    few = ["--eval-prompts", "few.jsonl"] * ("--eval-prompts" not in words and script in ("grpo.py", "nft.py", "opd.py"))
+    return words + SMALL.get(script, []) + few + ["--eval-images", "0"] * (several and script in ("grpo.py", "nft.py"))
 
 
 RUN = [command for command in COMMANDS if small(command)]

@@ -43,7 +43,7 @@ def test_resume_gives_the_same_bits(undisturbed, tmp_path, script):
 
 def test_checkpoints_resume_on_another_number_of_ranks(undisturbed, tmp_path):
     """Two ranks, then one, then two again, against one all the way. A group is a rollout batch, so that all sample the same states."""
-    arguments, alone = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4", "--sample-every", "0"], tmp_path / "alone"
+    arguments, alone = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"], tmp_path / "alone"
     alone.mkdir()
     for step, processes in enumerate((2, 1, 2), 1):
         resume = ["--resume"] if step > 1 else []
@@ -170,7 +170,7 @@ ALL = "1.000, 0.903, 0.795, 0.675, 0.540, 0.389, 0.217, 0.020"
     ("nft.py", ["--cfg", "1", "--guided-objective"], "all", f"{ALL}, unguided objective")])
 def test_cfg_strategies_and_trained_timesteps(tmp_path, capsys, script, cfg, steps, shown):
     """The old velocities are those of the objective, whichever it is: nothing has moved before the first update."""
-    arguments = ["--reward", ORACLE, "--steps", "1", *SMALL, "--sample-every", "0", *cfg, "--train-timesteps", steps]
+    arguments = ["--reward", ORACLE, "--steps", "1", *SMALL, *cfg, "--train-timesteps", steps]
     (line,) = run_script(tmp_path, *arguments, script=script)
     printed, guidance = capsys.readouterr().out, 1 if "--cfg" in cfg else 2
     assert f"sampler: 8 steps, guidance {guidance}; trained at t = {shown}; lr 0.00016" in printed
