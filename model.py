@@ -1489,12 +1489,12 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
         draw.text((place(x, low)[0], box[3] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
+    rises = dots or sum(line[-1][1] - line[0][1] for line in series.values() if line) > 0  # then the lower right corner is free
     for i, (name, line) in enumerate(series.items()):
-        colour, line, y = colours[i % 8], [place(*p) for p in line], box[1] + 10 + 18 * i
+        colour, line, y = colours[i % 8], [place(*p) for p in line], (box[3] - 18 * len(series) if rises else box[1] + 10) + 18 * i
         for x, y_dot in line if dots or len(line) == 1 else ():
             draw.ellipse((x - 2, y_dot - 2, x + 2, y_dot + 2), fill=colour)
-        if not dots:
-            draw.line(line, fill=colour, width=2, joint="curve")
-        draw.rectangle((box[0] + 10, y, box[0] + 22, y + 10), fill=colour)
-        draw.text((box[0] + 28, y - 2), name, fill="black", font=font)
+        draw.line([] if dots else line, fill=colour, width=2, joint="curve")
+        draw.rectangle((box[2] - 22, y, box[2] - 12, y + 10), fill=colour)
+        draw.text((box[2] - 28, y - 2), name, fill="black", font=font, anchor="ra")
     image.save(path)
