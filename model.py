@@ -864,7 +864,7 @@ def sampling_settings(root, size=None, steps=None, cfg=None):
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
     if height % 32 or width % 32:
-        raise ValueError(f"--size {height} {width}: sides must be multiples of 32")
+        raise ValueError(f"{height} x {width} pixels: sides must be multiples of 32")
     grid = height // 16, width // 16
     t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], steps or 40,
                   None if steps else index.get("sample_sigmas"))

@@ -52,8 +52,8 @@ def parse_args(argv=None):
     add("--source", nargs="+", default=[], metavar="FILE", help="source images that every PROMPT edits")
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
     add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--height", type=int, metavar="H", help="pixels, a multiple of 32 (default: --width, else the checkpoint's, else 512)")
+    add("--width", type=int, metavar="W", help="the same (default: --height, else the checkpoint's, else 512)")
     add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40")
     add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 4)")
     add("--seed", type=int, default=0, help="decides all noise (default: %(default)s)")
@@ -383,7 +383,8 @@ def open_folder(args, rank):
     while not args.name and folder.exists():
         count, folder = count + 1, Path("rollouts") / str(count + 1)
     settings = {k: v for k, v in vars(args).items() if k in (
-        "prompt", "prompts", "source", "model", "group_size", "size", "sampler_steps", "cfg", "seed", "rollout_batch", "reward")}
+        "prompt", "prompts", "source", "model", "group_size", "height", "width", "sampler_steps", "cfg", "seed", "rollout_batch",
+        "reward")}
     before = read_config(folder / "args.json") if (folder / "args.json").exists() else settings
     changed = [f"--{key.replace('_', '-')}" for key, value in settings.items() if before.get(key) != value]
     if changed:
@@ -429,7 +430,8 @@ def draw(args):
     """Sample, score and write a group for every prompt. Rewards work on one group while the next is sampled."""
     rank, world, device = setup()
     root, dtype, cuda = find_model(args.model), compute_dtype(device), device.type == "cuda"
-    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
+    size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
+    grid, t, cfg = sampling_settings(root, size, args.sampler_steps, args.cfg)
     requests = load_prompts(args.prompts) if args.prompts else []
     requests += [Request(prompt, sources=tuple(args.source)) for prompt in args.prompt]
     G, batch = args.group_size, args.rollout_batch or min(8, args.group_size)

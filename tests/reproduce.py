@@ -2,9 +2,9 @@
 
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
-    python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: 35 minutes
-    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 45 minutes
-    python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: 45 minutes
+    python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: an hour
+    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits
+    python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: an hour
 
 Trainings run side by side, one for every core.
 """

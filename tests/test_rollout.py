@@ -128,7 +128,7 @@ def test_a_name_is_not_reused_for_other_arguments(drawn):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "nothing to do"), ([PROMPT, "--size", "60", "64"], "multiples of 32"), (["--curate", "nowhere"], "there is no nowhere"),
+    ([], "nothing to do"), ([PROMPT, "--height", "60"], "60 x 60 pixels: sides must be multiples of 32"), (["--curate", "nowhere"], "there is no nowhere"),
     ([PROMPT, "--source", "nowhere.png"], "nowhere.png")])
 def test_bad_flags_are_clear_errors(tmp_path, arguments, message):
     assert message in run(tmp_path, *arguments, fails=True)
