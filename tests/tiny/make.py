@@ -357,7 +357,7 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def make_prompts(relations=160, edits=96):
+def make_prompts(relations=160, held_out_edits=32, edits=256):
     """Prompt files: a fifth of the captions of every category is held out (relations are thinned first)."""
     rng = np.random.default_rng(SEED + 1)
     captions, held_out, training = {}, [], []
@@ -370,16 +370,15 @@ def make_prompts(relations=160, edits=96):
     for path, records in (("heldout.jsonl", held_out), ("prompts.jsonl", training)):
         write_lines(HERE / path, [records[i] for i in rng.permutation(len(records))])
     records = []
-    for i in range(edits):
+    for i in range(held_out_edits + edits):
         source, instruction, target = world.sample_edit(rng)
         (HERE / "sources").mkdir(exist_ok=True)
         world.draw(source).save(HERE / "sources" / f"{i:03d}.png")
         records.append({"prompt": instruction, "category": "edit", "source": f"sources/{i:03d}.png",
                         "before": world.caption(source), "after": world.caption(target)})
-    write_lines(HERE / "edits_heldout.jsonl", records[:edits // 3])
-    write_lines(HERE / "edits.jsonl", records[edits // 3:])
-    both = [(HERE / name).read_text() for name in ("prompts.jsonl", *["edits.jsonl"] * 4)]  # about as many of either task
-    (HERE / "mixed.jsonl").write_text("".join(both))
+    write_lines(HERE / "edits_heldout.jsonl", records[:held_out_edits])
+    write_lines(HERE / "edits.jsonl", records[held_out_edits:])
+    (HERE / "mixed.jsonl").write_text("".join((HERE / name).read_text() for name in ("prompts.jsonl", "edits.jsonl")))
 
 
 def base_samples(prompts, per_prompt, seed, sources=None):
