@@ -4,6 +4,7 @@
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
     python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: an hour
     python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits
+    python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both tasks
     python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: an hour
 
 Trainings run side by side, one for every core.
@@ -24,14 +25,17 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
 
 import model  # noqa: E402
 import rollout  # noqa: E402
+import world  # noqa: E402
 
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
 ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward" for name in ("aesthetic", "strict", "alignment")]
 SEEDS = 3
+TASKS = {"t2i": ("rewards.json", "prompts.jsonl", 20, "heldout.jsonl", 6),  # rewards, prompts, steps; held-out prompts, images of each
+         "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 13)}
 
 
 def start(*arguments):
@@ -158,28 +162,106 @@ def curation(stages=(15, 30, 45)):
     return ["| prompts | seed | judge | base | trained | difference [95% interval] |", "|---|---|---|---|---|---|", *table]
 
 
+def teacher(script, task, seed):
+    """The command that trains on one task's rewards."""
+    rewards, prompts, steps, heldout, _ = TASKS[task]
+    return training(f"{script}.py", f"reproduce-{script}-{task}-{seed}", seed, "--reward", str(TINY / rewards), "--prompts",
+                    str(TINY / prompts), "--eval-prompts", str(TINY / heldout), "--steps", str(steps))
+
+
+def pictures_of(task, kind, seed):
+    """Where the pictures of a task's held-out prompts by a run are."""
+    return ROOT / "rollouts" / f"reproduce-{kind}-{seed}-on-{task}"
+
+
+def drawing_of(task, kind, seed):
+    """The command that draws a task's held-out prompts by a run, or by the "base" or the "unguided" base, and asks the task's rewards."""
+    rewards, _, _, heldout, images = TASKS[task]
+    root = TINY / "model" if kind in ("base", "unguided") else ROOT / "runs" / f"reproduce-{kind}-{seed}" / "model"
+    return drawing(pictures_of(task, kind, seed).name, root, heldout, [str(TINY / rewards)], "--group-size", str(images),
+                   *(["--cfg", "1"] if kind == "unguided" else []))
+
+
 def nft():
     """The same bar as `first`, then several rewards with weights per category, then edits; judged on held-out prompts by rollout.py."""
     lines = seed_table("nft.py", "nft")
-    tasks = {"several": ("rewards.json", "prompts.jsonl", "heldout.jsonl", "6"),
-             "edits": ("rewards_edit.json", "edits.jsonl", "edits_heldout.jsonl", "13")}
-    trainings, drawings, comparisons = [], [], []
-    for task, (rewards, prompts, heldout, images) in tasks.items():
-        scored = [heldout, [str(TINY / rewards)], "--group-size", images]
-        names = [f"reproduce-nft-{task}-{seed}" for seed in range(SEEDS)]
-        trainings += [training("nft.py", name, seed, "--reward", str(TINY / rewards), "--prompts", str(TINY / prompts),
-                               "--eval-prompts", str(TINY / heldout), "--steps", "20") for seed, name in enumerate(names)]
-        drawings += [drawing(name, ROOT / "runs" / name / "model", *scored) for name in names]
-        drawings.append(drawing(f"reproduce-base-{task}", TINY / "model", *scored))
-        comparisons.append(["rollout.py", "--out", f"rollouts/reproduce-nft-{task}", "--compare",
-                            f"base=rollouts/reproduce-base-{task}",
-                            *(f"seed-{seed}=rollouts/{name}" for seed, name in enumerate(names))])
-    for commands in (trainings, drawings, comparisons):
-        side_by_side(commands)
-    for task in tasks:
-        table = (ROOT / "rollouts" / f"reproduce-nft-{task}" / "comparison.md").read_text().splitlines()
+    side_by_side([teacher("nft", task, seed) for task in TASKS for seed in range(SEEDS)])
+    side_by_side([drawing_of(task, f"nft-{task}", seed) for task in TASKS for seed in range(SEEDS)]
+                 + [drawing_of(task, "base", 0) for task in TASKS])
+    for task in TASKS:
+        out = Path("rollouts") / f"reproduce-nft-{task}"
+        players = [f"seed-{seed}={pictures_of(task, f'nft-{task}', seed)}" for seed in range(SEEDS)]
+        finish(start("rollout.py", "--out", str(out), "--compare", f"base={pictures_of(task, 'base', 0)}", *players))
+        table = (ROOT / out / "comparison.md").read_text().splitlines()
         lines += ["", f"{task}:", *[line for line in table if line.startswith(("| category", "| ---", "| all"))][:8]]
     return lines
+
+
+def opd():
+    """Teachers of both tasks (the runs of `nft`), the same by GRPO, Mix-RL with as many images, and the student, on both tasks.
+
+    Every model is drawn with guidance but the student. The composite is what they were trained on; the oracle says which pictures
+    show exactly what was asked.
+    """
+    for seed in range(SEEDS):
+        if not (pictures_of("edit", "nft-edit", seed) / "rollouts.jsonl").exists():
+            raise SystemExit("opd needs: python tests/reproduce.py nft")
+    commands = [teacher("grpo", task, seed) for task in reversed(TASKS) for seed in range(SEEDS)]
+    for seed in range(SEEDS):
+        commands.append(training("nft.py", f"reproduce-mix-{seed}", seed, "--reward", str(TINY / "rewards_mixed.json"), "--prompts",
+                                 str(TINY / "mixed.jsonl"), "--steps", str(sum(task[2] for task in TASKS.values()))))
+        commands.append(training("opd.py", f"reproduce-opd-{seed}", seed, "--teacher",
+                                 *(f"{task}=runs/reproduce-nft-{task}-{seed}/model" for task in TASKS)))
+    side_by_side(commands)
+    kinds = {"nft-t2i": "T2I teacher", "nft-edit": "edit teacher", "mix": "Mix-RL", "opd": "student, unguided",
+             "grpo-t2i": "T2I teacher by GRPO", "grpo-edit": "edit teacher by GRPO"}
+    cells = [(task, kind, 0) for kind in ("base", "unguided") for task in TASKS]
+    cells += [(task, kind, seed) for kind in kinds for task in TASKS if "grpo" not in kind or task in kind for seed in range(SEEDS)]
+    side_by_side([drawing_of(*cell) for cell in cells if cell[1] not in ("base", f"nft-{cell[0]}")])  # `nft` has drawn those
+    records = {cell: rollout.read_records(pictures_of(*cell)) for cell in cells}
+    shown = {task: [rollout.by_prompt(records[task, "base", 0])[i] for i in chosen]
+             for task, chosen in {"t2i": (0, 20, 40, 60), "edit": (0, 4, 16, 20)}.items()}
+    sources = [Image.new("RGB", (96, 96), "white")] * 4 + [Image.open(r["folder"] / r["source"][0]) for r in shown["edit"]]
+    rows = [[("", image) for image in sources]]
+    for kind, label in {"base": "base", "unguided": "base, unguided", **dict(list(kinds.items())[:4])}.items():
+        rows.append([(f"{label}: {r['prompt']}", Image.open(pictures_of(task, kind, 0) / r["file"]))
+                     for task in TASKS for r in shown[task]])
+    model.image_grid_png(ASSETS / "opd.png", *rows)
+    return opd_table(records, kinds)
+
+
+def opd_table(records, kinds):
+    """Means of the base and gains over the guided base in every seed, and which part of its teachers' gains the student has."""
+    lines = ["| | t2i composite | t2i strict | edit composite | edit strict |", "|---|---|---|---|---|"]
+    scores = {key: [rollout.score_array(of, "composite"), oracle_strict(of)] for key, of in records.items()}
+    for kind in ("base", "unguided"):
+        cells = [f"{rollout.mean(array):.3f}" for task in TASKS for array in scores[task, kind, 0]]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    gain = lambda task, kind, seed, i=0: rollout.mean_difference(scores[task, "base", 0][i], scores[task, kind, seed][i])  # noqa: E731
+    for kind, label in kinds.items():
+        cells = [" / ".join(f"{gain(task, kind, seed, i)[0]:+.3f}" for seed in range(SEEDS) if (task, kind, seed) in records)
+                 for task in TASKS for i in (0, 1)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "| task | seed | teacher's gain [95% interval] | student's | share |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        for seed in range(SEEDS):
+            (taught, low, high), (learnt, *_) = gain(task, f"nft-{task}", seed), gain(task, "opd", seed)
+            lines.append(f"| {task} | {seed} | {taught:+.3f} [{low:+.3f}, {high:+.3f}] | {learnt:+.3f} | {learnt / taught:.0%} |")
+    for seed in range(SEEDS):
+        log = [json.loads(line)["seconds"] for line in (ROOT / "runs" / f"reproduce-opd-{seed}" / "log.jsonl").open()]
+        swap, total = (sum(sum(line[part] for part in parts) for line in log) for parts in (["swap"], ["rollout", "teachers", "train"]))
+        lines.append(f"seed {seed}: {total / len(log):.1f} s a step, {swap / total:.2%} of it for swapping teachers")
+    return lines
+
+
+def oracle_strict(records):
+    """1 where the oracle sees exactly what was asked, else 0: (P, G)."""
+    images, sources = [], []
+    for record in records:
+        images.append(Image.open(record["folder"] / record["file"]))
+        sources.append([Image.open(record["folder"] / path) for path in record["source"]])
+    strict = world.strict_reward(images, [record["prompt"] for record in records], sources)
+    return rollout.score_array([record | {"rewards": {"strict": score}} for record, score in zip(records, strict)], "strict")
 
 
 def strategies(steps=24, guidances=(2, 1)):
@@ -231,8 +313,7 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft,
-         "strategies": strategies}
+PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft, "opd": opd, "strategies": strategies}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
