@@ -99,12 +99,14 @@ def parse_args(argv=None):
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="B", help="(image, timestep) pairs per forward (default: 32 on a CPU, 4 on a GPU)")
+    add("--micro-batch", type=int, metavar="B",
+        help="(image, timestep) pairs per forward (default: 512 tokens of them on a CPU, 8192 on a GPU)")
     add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in sampling and training (default: do not)")
     return parser.parse_args(argv)
 
 
@@ -311,7 +313,7 @@ def main(argv=None):
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, K = grid[0] * grid[1], len(t) - 1
     lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
-    micro_batch, batch = args.micro_batch or (4 if cuda else 32), args.rollout_batch or (8 if cuda else 64)
+    micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
     run = open_run(args, args.reward)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
@@ -331,6 +333,9 @@ def main(argv=None):
 
     # ---- 8. models -------------------------------------------------------------------------------------------
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
+    torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
+    for block in (*slot.transformer_blocks, *policy.transformer_blocks) if args.compile else ():
+        block.compile(dynamic=True)
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
@@ -444,6 +449,7 @@ def main(argv=None):
         move_judges(rewards, CPU)
         if cuda:
             sampler.drop()  # the updates need the memory
+            vae.cpu()
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # updates, each on its own groups

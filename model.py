@@ -35,7 +35,6 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import repeat
@@ -52,8 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -85,7 +83,7 @@ class Prefix(NamedTuple):
     """What targets need to know of their prompts; computed once, valid for every timestep and every image.
 
     kv     one (k, v) per block, each (P, H, S, head_dim)
-    rope   (P, N, head_dim/2) complex64, rotary factors of the target tokens
+    rope   (P, N, head_dim/2, 2) fp32, cos and sin of the target tokens
     mask   (P, 1, 1, S+N) bool, True where a target may look; None when no prompt is padded
     index  (B,) the prompt of each image; None when there is one prompt, or exactly one per image
     """
@@ -127,9 +125,12 @@ def image_grid(height, width):
 
 
 def rotate(x, rope):
-    """Rotary embedding of adjacent channel pairs, in fp32. x (B, T, H, head_dim), rope (B|1, T, head_dim/2) complex."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope.unsqueeze(2)).flatten(-2).type_as(x)
+    """Rotary embedding of adjacent channel pairs, in fp32. x (B, T, H, head_dim), rope (B|1, T, head_dim/2, 2)."""
+    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(2)
+    if torch.compiler.is_compiling():  # which cannot fuse complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -147,9 +148,8 @@ class Attention(nn.Module):
         if past is None:  # the prefix stream keeps its keys and values for the targets
             keep = k, v = k.contiguous(), v.contiguous()
         else:
-            k = torch.cat([select_prompts(past[0], index, len(x)).to(k.dtype), k], dim=2)  # (B, H, S+N, head_dim)
-            v = torch.cat([select_prompts(past[1], index, len(x)).to(v.dtype), v], dim=2)
-            keep = None
+            k, v = (torch.cat([select_prompts(old, index, len(x)).to(new.dtype), new], dim=2) for old, new in zip(past, (k, v)))
+            keep = None  # k, v (B, H, S+N, head_dim)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2)), keep
 
@@ -242,13 +242,13 @@ class FlowTransformer(nn.Module):
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def rope(self, positions):
-        """positions (..., 3) -> complex64 (..., head_dim/2): theta 10^4, axes (frame, y, x)."""
+        """positions (..., 3) -> cos and sin (..., head_dim/2, 2) fp32: theta 10^4, axes (frame, y, x)."""
         angles = []
         for axis, dim in enumerate(self.config["axes_dims_rope"]):
             exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
             angles.append(positions[..., axis, None].float() / 10000.0**exponent)
         angles = torch.cat(angles, dim=-1)
-        return torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
     def run_block(self, block, *args):
         if self.checkpointing and torch.is_grad_enabled():
@@ -488,8 +488,7 @@ class Processor:
             pixels = self.image_processor(images=list(images), return_tensors="pt")
             counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
             texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text) for text in texts]
-        inputs = self.tokenizer(
-            texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         if images:
             inputs.update(pixels, mm_token_type_ids=(inputs["input_ids"] == self.image_token).long())
         return inputs
@@ -902,10 +901,8 @@ def sde_mean_std(x, v, t, dt, sigma):
 
 
 def gaussian_logp(x, mean, std):
-    """log N(x; mean, std^2), averaged over tokens and channels: (B, N, C) -> (B,).
-
-    The mean instead of the joint density's sum keeps the ratio of Eq. 6 comparable across resolutions.
-    """
+    """log N(x; mean, std^2): (B, N, C) -> (B,). The mean over tokens and channels instead of the joint density's sum keeps the
+    ratio of Eq. 6 comparable across resolutions."""
     logp = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.mean(dim=(1, 2))
 
@@ -942,18 +939,16 @@ class Sampler:
 
     A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
     eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
-    capture. `drop` frees buffers and graphs.
+    capture. The prompts' keys and values of all shapes lie in one arena, in turn. `drop` frees buffers and graphs.
     """
 
-    KEEP = 2  # most recently used shapes; each holds its prompts' keys and values
-
     def __init__(self, model, graphs):
-        self.model, self.graphs, self.entries, self.pool = model, graphs, {}, None
+        self.model, self.graphs, self.entries, self.pool, self.arena = model, graphs, {}, None, model.img_in.weight.new_empty(0)
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
         self.entries.clear()
-        self.pool = None
+        self.pool, self.arena = None, self.arena.new_empty(0)
         free_memory(self.model.img_in.weight.device)
 
     @torch.no_grad()
@@ -993,12 +988,16 @@ class Sampler:
     def buffers(self, x, cond, uncond):
         shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
         key = (x.shape, shape(cond), shape(uncond))
-        entry = self.entries.pop(key, None)
-        while len(self.entries) >= self.KEEP:
-            del self.entries[next(iter(self.entries))]  # the one that was used longest ago
-        self.entries[key] = entry or SimpleNamespace(
-            x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=deepcopy(cond), uncond=deepcopy(uncond),
-            row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
+        if key in self.entries:
+            return self.entries[key]
+        sizes = [part.numel() for p in (cond, uncond) if p for pair in p.kv for part in pair]
+        if sum(sizes) > len(self.arena):
+            self.drop()  # all graphs hold its address
+            self.arena = self.arena.new_empty(sum(sizes))
+        parts = iter(self.arena[:sum(sizes)].split(sizes))
+        cond, uncond = (p and p._replace(kv=[tuple(next(parts).view_as(x) for x in pair) for pair in p.kv]) for p in (cond, uncond))
+        self.entries[key] = SimpleNamespace(x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=cond, uncond=uncond,
+                                            row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
         return self.entries[key]
 
     def capture(self, b):
@@ -1017,6 +1016,7 @@ def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, ke
     for first in range(0, len(images), batch):
         chunk = images[first:first + batch]
         generators = [image_generator(seed, *key) for key in chunk]
+        vae.to(sampler.model.img_in.weight.device)  # it waits on the host while the updates need the memory
         x0, states = sampler([encoded[prompt] for _, prompt, _ in chunk], generators, grid, t, sigma, cfg, keep)
         with torch.no_grad():
             pixels = torch.cat([vae.decode(z) for z in x0.mT.unflatten(2, grid).split(4)])
@@ -1030,9 +1030,9 @@ def forward_flops(config, tokens, prefix):
     return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim
 
 
-def matmul_peak(device, size=None):
+def matmul_peak(device):
     """Measured FLOP/s of a large matrix product in the compute dtype: the denominator of MFU."""
-    size = size or (8192 if device.type == "cuda" else 1024)
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * size**3 / min(timer.timeit(1).mean for _ in range(10))
@@ -1069,8 +1069,8 @@ RUBRICS = {  # Sec. 3.2, 3.3
     "instruction": "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the "
         "instruction: split it into core and auxiliary requirements; is the core met, are the auxiliary ones, is the whole "
         "coherent? If the core is not met, the score is at most 2.\nInstruction: {prompt}",
-    "consistency": "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the "
-        "instruction does not touch is preserved: objects, people, background, layout, light, style.\nInstruction: {prompt}",
+    "consistency": "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the instruction "
+        "does not touch is preserved: objects, people, background, layout, light, style.\nInstruction: {prompt}",
 }
 ANSWERS = ("\nAnswer with <score>N</score>, N from 1 to 5.",  # without and with reasoning
            "\nFirst describe the image and judge it, then answer with <score>N</score>, N from 1 to 5.")

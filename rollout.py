@@ -25,12 +25,13 @@ import gc
 import json
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Request, Sampler, compute_dtype, encode_prompts, find_model, generate, image_grid_png, load_prompts, load_rewards,
-    load_vae, materialise, move_judges, new_transformer, read_config, sampling_settings, setup, write_text)
+    UNDEFINED, Request, Sampler, compute_dtype, encode_prompts, find_model, forward_flops, generate, image_grid_png, load_prompts,
+    load_rewards, load_vae, materialise, matmul_peak, move_judges, new_transformer, read_config, sampling_settings, setup, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -444,8 +445,8 @@ def draw(args):
     mine = todo[rank::world]
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, 256 * grid[0] * grid[1], device)
-    sampler = Sampler(materialise(new_transformer(root, dtype), root, device).requires_grad_(False),
-                      cuda if args.graph is None else args.graph)
+    network = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
+    sampler, config = Sampler(network, cuda if args.graph is None else args.graph), network.config
     rewards = load_rewards(args.reward, root, dtype, {}) if args.reward else []
     move_judges(rewards, device)
     pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device)) for _ in rewards]
@@ -459,20 +460,27 @@ def draw(args):
             file.write(json.dumps(record) + "\n")
         file.flush()
 
-    waiting = None
+    waiting, sampling, work, began = None, 0.0, 0, time.perf_counter()
     with open(folder / f"rollouts.{rank}.jsonl", "a") as file:
         for i in tqdm(mine, disable=rank > 0, dynamic_ncols=True):
-            images = []
+            images, clock = [], time.perf_counter()
             for first in range(0, G, batch):  # filled up with copies, so that shapes and so the bits do not depend on G
                 keys = [(0, i, min(g, G - 1)) for g in range(first, first + batch)]
                 (_, pictures, _), = generate(sampler, vae, encoded, keys, grid, t, torch.zeros(len(t) - 1), cfg, args.seed, batch)
                 images += pictures[:G - first]
+            sampling += time.perf_counter() - clock
+            flops = [forward_flops(config, grid[0] * grid[1], len(prompt.slots)) for prompt in encoded[i][:2 if cfg != 1 else 1]]
+            work += math.ceil(G / batch) * batch * (len(t) - 1) * sum(flops)
             futures = [pool.submit(reward, images, [requests[i]] * G) for pool, reward in zip(pools, rewards)]
             if waiting:
                 write(file, *waiting)
             waiting = i, images, futures
         if waiting:
             write(file, *waiting)
+    if rank == 0 and mine:
+        total = time.perf_counter() - began
+        print(f"rank 0: {len(mine) * G / total:.2f} images a second, {sampling / total:.0%} of the time sampled and decoded, the rest "
+              f"waited for and written; MFU {work / total / matmul_peak(device):.1%}")
     dist.barrier()
     if rank == 0:
         show(folder, gather(folder))

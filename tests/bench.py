@@ -1,9 +1,18 @@
 """Measurements that are too slow or too noisy to be tests. Each prints one table.
 
+    python tests/bench.py sampler      # our denoise loop against diffusers' pipeline on the same weights, noise and prompts
+    python tests/bench.py prefix       # an edit update with the shared prefix against recomputing it for every row
+    python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
+    python tests/bench.py gpu          # the 7B shape with random weights: eager, graph, compiled; a whole GRPO iteration
+    python tests/bench.py plan --gpus 8 --gib 80 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
+
+What is compared runs interleaved in one process; tables give medians.
 """
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,10 +20,162 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import model  # noqa: E402  before torch: it sets the number of threads
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from huggingface_hub import save_torch_state_dict  # noqa: E402
+
 BATCH, BATCHES = 16, 4  # images a rollout batch, batches a step
+REAL = dict(_class_name="QwenImage21Transformer2DModel", patch_size=1, in_channels=64, out_channels=64, num_layers=32,
+            attention_head_dim=128, num_attention_heads=32, context_in_dim=4096, mlp_ratio=3, axes_dims_rope=[16, 56, 56], eps=1e-6,
+            causal_condition=True)  # of Qwen/Qwen-Image-2.1
+REAL_VAE = dict(_class_name="AutoencoderKLQwenImage21", base_dim=96, decoder_base_dim=144, z_dim=64, dim_mult=[1, 2, 4, 8, 8],
+                num_res_blocks=2, temperal_downsample=[False, True, True, True], in_channels=4, out_channels=4,
+                latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
+
+
+# ---- the sampler ---------------------------------------------------------------------------------------------
+
+
+def interleaved(kinds, rounds):
+    """Median seconds of functions {name: function}, called in turn after one call each to warm up."""
+    seconds = {name: [] for name in kinds}
+    for turn in range(rounds + 1):
+        for name, function in kinds.items():
+            began = time.perf_counter()
+            function()
+            torch.cuda.is_available() and torch.cuda.synchronize()
+            seconds[name] += [time.perf_counter() - began] * (turn > 0)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def one_length(encoded, count):
+    """So many prompts of one length: diffusers places the image of a shorter prompt in a padded batch differently than alone."""
+    lengths = {}
+    for i, (prompt, _) in encoded.items():
+        lengths.setdefault(len(prompt.slots), []).append(i)
+    return max(lengths.values(), key=len)[:count]
+
+
+def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
+    from test_diffusers import load_pipeline
+    device, requests = torch.device("cpu"), dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")))
+    vae, (grid, t, _) = model.load_vae(TINY / "model", device, torch.float32), model.sampling_settings(TINY / "model", steps=steps)
+    encoded = model.encode_prompts(TINY / "model", vae, requests, 256 * grid[0] * grid[1], device)
+    chosen = one_length(encoded, prompts)
+    images = [(0, i, g) for i in chosen for g in range(group)]
+    samplers = {}
+    for kind in ("ours", "ours, compiled"):
+        network = model.materialise(model.new_transformer(TINY / "model", torch.float32), TINY / "model", device)
+        samplers[kind] = model.Sampler(network.requires_grad_(False), graphs=False)
+    for block in network.transformer_blocks:
+        block.compile()
+    pipeline = load_pipeline(TINY / "model")
+    noise = torch.stack([torch.randn(grid[0] * grid[1], 16, generator=model.image_generator(0, *key)) for key in images])
+    embeds, mask = pipeline.encode_prompt([requests[i].prompt for i in chosen], num_images_per_prompt=1)[:2]
+    empty, empty_mask = pipeline.encode_prompt([" "] * prompts, num_images_per_prompt=1)[:2]
+
+    def theirs(output_type):
+        return pipeline(prompt_embeds=embeds, prompt_embeds_mask=mask, negative_prompt_embeds=empty,
+                        negative_prompt_embeds_mask=empty_mask, num_images_per_prompt=group, true_cfg_scale=cfg, latents=noise.clone(),
+                        height=16 * grid[0], width=16 * grid[1], output_resolution=16 * grid[0],
+                        sigmas=np.linspace(1, 1 / steps, steps).tolist(), output_type=output_type).images
+
+    def ours(kind):
+        generators = [model.image_generator(0, *key) for key in images]
+        return samplers[kind]([encoded[i] for _, i, _ in images], generators, grid, t, torch.zeros(steps), cfg)[0]
+
+    def ours_to_the_end():
+        return [image for _, batch, _ in model.generate(samplers["ours"], vae, encoded, images, grid, t, torch.zeros(steps), cfg, 0,
+                                                        len(images)) for image in batch]
+
+    pixels = vae.decode(theirs("latent").mT.unflatten(2, grid))
+    for kind in samplers:
+        error = (vae.decode(ours(kind).mT.unflatten(2, grid)) - pixels).abs().max() / 2
+        print(f"{kind}: largest difference of a pixel {error:.1e} of its range")
+    seconds = interleaved({"diffusers": lambda: theirs("latent"), **{kind: lambda kind=kind: ours(kind) for kind in samplers},
+                           "diffusers with VAE": lambda: theirs("pil"), "ours with VAE": ours_to_the_end}, rounds)
+    peak = model.matmul_peak(device)
+    work = group * steps * sum(model.forward_flops(network.config, grid[0] * grid[1], len(prompt.slots))
+                               for i in chosen for prompt in encoded[i])
+    print(f"{prompts} prompts x {group} images, {steps} steps, guidance {cfg:g}, {torch.get_num_threads()} thread")
+    print(f"{'':<20}{'seconds':>9}{'speed-up':>10}{'share of matmul peak':>22}")
+    for kind, value in seconds.items():
+        base = seconds["diffusers with VAE" if "VAE" in kind else "diffusers"]
+        print(f"{kind:<20}{value:>9.2f}{base / value:>10.2f}{work / value / peak:>22.0%}")
+    print(f"the matrix products alone, at {peak / 1e9:.0f} GFLOP/s, take {work / peak:.2f} s")
+
+
+# ---- the shared prefix ---------------------------------------------------------------------------------------
+
+
+def bench_prefix(rounds=7, group=8, draws=4, micro_batch=32):
+    """One edit group's forward and backward passes: G images x 4 timesteps, a source image as large as the output."""
+    device, grid = torch.device("cpu"), model.sampling_settings(TINY / "model")[0]
+    requests = {0: model.load_prompts(TINY / "edits.jsonl")[0]}
+    vae = model.load_vae(TINY / "model", device, torch.float32)
+    prompt, _ = model.encode_prompts(TINY / "model", vae, requests, 256 * grid[0] * grid[1], device)[0]
+    network = model.materialise(model.new_transformer(TINY / "model", torch.float32), TINY / "model", device)
+    x, target = torch.randn(2, group * draws, grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.5, 1, draws).repeat_interleave(group)
+    parts = torch.arange(group * draws).split(micro_batch)
+
+    def shared():
+        prefix = network.prefix([prompt], grid)
+        leaves = model.detach_prefix(prefix)
+        for part in parts:
+            (network.velocity(x[part], t[part], leaves) - target[part]).pow(2).sum().backward()
+        model.backward_prefix(prefix, leaves)
+
+    def recomputed():
+        for part in parts:
+            prefix = network.prefix([prompt] * len(part), grid)
+            (network.velocity(x[part], t[part], prefix) - target[part]).pow(2).sum().backward()
+
+    def gradient(update):
+        network.zero_grad()
+        update()
+        return torch.cat([param.grad.flatten() for param in network.parameters()])
+
+    a, b = gradient(shared), gradient(recomputed)
+    seconds = interleaved({"recomputed": recomputed, "shared": shared}, rounds)
+    layout = model.prefix_layout(prompt)[1]
+    print(f"prefix of {len(layout)} tokens ({sum(block >= 0 for block in layout)} of the source image), {grid[0] * grid[1]} target "
+          f"tokens, {group} images x {draws} timesteps; relative difference of the gradients {((a - b).norm() / b.norm()).item():.1e}")
+    for kind, value in seconds.items():
+        print(f"{kind:<12}{1000 * value:>8.1f} ms{seconds['recomputed'] / value:>8.2f}x")
+
+
+# ---- growth --------------------------------------------------------------------------------------------------
+
+
+def bench_growth(rounds=3):
+    """Seconds of a sampler call when one of its sizes doubles."""
+    device, root = torch.device("cpu"), TINY / "model"
+    requests = dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")[:16]))
+    vae = model.load_vae(root, device, torch.float32)
+    encoded = model.encode_prompts(root, vae, requests, 64 * 64, device)
+    network = model.materialise(model.new_transformer(root, torch.float32), root, device).requires_grad_(False)
+    sampler, base = model.Sampler(network, graphs=False), {"prompts": 4, "group size": 4, "steps": 10, "side": 64}
+
+    def sample(sizes):
+        grid, t, _ = model.sampling_settings(root, (sizes["side"],) * 2, sizes["steps"])
+        images = [(0, i, g) for i in range(sizes["prompts"]) for g in range(sizes["group size"])]
+        sampler([encoded[i] for _, i, _ in images], [model.image_generator(0, *key) for key in images], grid, t,
+                torch.zeros(len(t) - 1), 2.0)
+
+    kinds = {"base": base, **{f"{name} x {factor}": base | {name: factor * base[name]} for name in base for factor in (2, 4)}}
+    seconds = interleaved({kind: lambda sizes=sizes: sample(sizes) for kind, sizes in kinds.items()}, rounds)
+    print(", ".join(f"{name} {value}" for name, value in base.items()))
+    for kind, value in seconds.items():
+        print(f"{kind:<16}{value:>8.3f} s{value / seconds['base']:>8.2f}x")
+
+
+# ---- rewards -------------------------------------------------------------------------------------------------
 
 
 def free(images, prompts, sources):
@@ -27,13 +188,19 @@ def slow(images, prompts, sources):
     return free(images, prompts, sources)
 
 
+def run_quietly(command, **where):
+    done = subprocess.run(command, capture_output=True, text=True, **where)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+
+
 def grpo_seconds(folder, name, rewards, steps, seconds=0.0):
     """Seconds of every step but the first, by part."""
     command = [sys.executable, str(ROOT / "grpo.py"), "--name", name, "--steps", str(steps), "--rollout-batch", str(BATCH),
                "--group-size", "8", "--prompts-per-step", str(BATCH * BATCHES // 8), "--eval-images", "0", "--sample-every", "0",
                "--save-every", "0", "--reward", *rewards]
     environment = os.environ | {"REWARD_SECONDS": str(seconds), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    run_quietly(command, cwd=folder, env=environment)
     lines = (Path(folder) / "runs" / name / "log.jsonl").read_text().splitlines()
     return [json.loads(line)["seconds"] for line in lines[1:]]
 
@@ -57,10 +224,147 @@ def bench_rewards(rounds=3, steps=7):
         print(f"{kind:<12}{total:>8.2f}{waiting:>9.2f}{total / base - 1:>+11.1%}")
 
 
-BENCHES = {"rewards": bench_rewards}
+
+
+# ---- the real size -------------------------------------------------------------------------------------------
+
+
+def random_network(config, device, dtype):
+    """A transformer of this shape whose weights keep the size of what passes through."""
+    with torch.device("meta"):
+        network = model.FlowTransformer(config).to(dtype)
+    network = network.to_empty(device=device).requires_grad_(False)
+    for name, param in network.named_parameters():
+        if param.ndim == 1:
+            param.fill_(0.0 if "text_norm" in name else 1.0)
+        else:
+            param.normal_(std=param[0].numel() ** -0.5)
+    return network
+
+
+def random_prompt(config, length, seed):
+    embeds = torch.randn(length, config["context_in_dim"], generator=torch.Generator().manual_seed(seed))
+    return model.Prompt(embeds, [False] * length, [])
+
+
+def bench_denoise(config, sides, device, batch=8, steps=6, rounds=3, length=128):
+    """Seconds of one image's step with guidance: eager, graph, compiled blocks, both; in the same process, same weights."""
+    dtype, peak = model.compute_dtype(device), model.matmul_peak(device)
+    network = random_network(config, device, dtype)
+    pair = random_prompt(config, length, 0), random_prompt(config, 10, 1)
+    scheduler = model.read_config(TINY / "model" / "scheduler" / "scheduler_config.json")
+    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {batch} images of a prompt of {length} tokens, guidance 4; "
+          f"a matrix product runs at {peak / 1e12:.3g} TFLOP/s\n{'':<28}{'s/image/step':>13}{'share of peak':>15}{'GiB':>8}")
+    for compiled in (False, True):
+        for block in network.transformer_blocks if compiled else ():
+            block.compile()
+        for side in sides:
+            grid = (side // 16, side // 16)
+            t, states = model.timesteps(scheduler, grid[0] * grid[1], steps), {}
+            samplers = {"eager": model.Sampler(network, False), "graph": model.Sampler(network, True)}
+            if device.type != "cuda":
+                del samplers["graph"]
+
+            def sample(kind):
+                generators = [model.image_generator(0, 0, 0, g) for g in range(batch)]
+                states[kind] = samplers[kind]([pair] * batch, generators, grid, t, torch.zeros(steps), 4.0)[0]
+
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = interleaved({kind: lambda kind=kind: sample(kind) for kind in samplers}, rounds)
+            gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
+            work = sum(model.forward_flops(config, grid[0] * grid[1], len(prompt.slots)) for prompt in pair)
+            for kind, value in seconds.items():
+                value /= steps * batch
+                name = f"{side} px, {'compiled, ' * compiled}{kind}"
+                print(f"{name:<28}{value:>13.4f}{work / value / peak:>15.1%}{gib:>8.1f}")
+            if "graph" in states:
+                print(f"{side} px: graph and eager differ by {(states['graph'] - states['eager']).abs().max().item():.1e}")
+
+
+def random_checkpoint(folder, config, vae):
+    """A model directory of this shape with random weights, and the tiny world's text encoder and prompts."""
+    root = Path(folder) / "model"
+    (root / "vae").mkdir(parents=True)
+    (root / "transformer").mkdir()
+    for name in ("processor", "scheduler", "text_encoder"):
+        (root / name).symlink_to(TINY / "model" / name)
+    index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"guidance_scale": 4.0}}
+    model.write_text(root / "model_index.json", json.dumps(index))
+    for name, network in (("transformer", random_network(config, "cpu", torch.bfloat16)), ("vae", model.VAE(vae).to(torch.bfloat16))):
+        model.write_text(root / name / "config.json", json.dumps(network.config))
+        save_torch_state_dict(network.state_dict(), root / name, filename_pattern=model.WEIGHTS + "{suffix}.safetensors")
+    return root
+
+
+def bench_iteration(config, vae, sides, arguments=(), steps=3):
+    """Whole GRPO iterations by grpo.py with a free reward: where the time goes, MFU, peak memory; the last of `steps`."""
+    print(f"{'':<28}{'rollout':>9}{'frozen':>9}{'waiting':>9}{'train':>9}{'MFU':>7}{'GiB':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        root = random_checkpoint(folder, config, vae)
+        for side in sides:
+            for flags in ([], ["--compile"]):
+                name = "-".join(["run", str(side), *flags])
+                command = [sys.executable, str(ROOT / "grpo.py"), "--model", str(root), "--name", name, "--size", str(side), str(side),
+                           "--reward", f"r={__file__}:free", "--steps", str(steps), "--eval-images", "0", "--sample-every", "0",
+                           "--save-every", "0", *flags, *arguments]
+                run_quietly(command, cwd=folder)
+                line = json.loads((Path(folder) / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
+                parts = "".join(f"{line['seconds'][part]:>9.2f}" for part in ("rollout", "frozen", "reward_wait", "train"))
+                print(f"{f'{side} px {chr(32).join(flags)}':<28}{parts}{line['mfu']:>7.1%}{line['peak_gib'] or math.nan:>8.1f}")
+
+
+
+def bench_gpu():
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.py gpu needs a CUDA GPU")
+    bench_denoise(REAL, (512, 1024), torch.device("cuda", 0))
+    torch.cuda.empty_cache()
+    bench_iteration(REAL | {"context_in_dim": 96}, REAL_VAE, (512, 1024), ["--prompts-per-step", "2", "--group-size", "16"])
+
+
+# ---- on paper ------------------------------------------------------------------------------------------------
+
+
+def bench_plan(args, config=REAL, text=128):
+    """Least time and the memory of one GRPO iteration with hybrid guidance and a KL term: FLOPs over the given FLOP/s, bytes by what
+    holds them. Marked ~: an estimate, not a count."""
+    tokens, dim, layers = (args.size // 16) ** 2, config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    with torch.device("meta"):
+        count = sum(param.numel() for param in model.FlowTransformer(config).parameters())
+    images = args.prompts * args.group_size
+    forward, speed = images * model.forward_flops(config, tokens, text), 1e12 * args.tflops * args.gpus
+    passes = {"rollout, guided": 2 * args.sampler_steps, "old and reference velocities": 2 * args.timesteps,
+              "training": 3 * args.timesteps, "training, recomputing activations": 4 * args.timesteps}
+    print(f"{count:,} parameters on {args.gpus} GPUs at {args.tflops:g} TFLOP/s; {args.prompts} prompts x {args.group_size} images of "
+          f"{args.size} px, {args.sampler_steps} steps, {args.timesteps} trained")
+    for part, number in passes.items():
+        print(f"  {part:<40}{number * forward / speed:>9.1f} s")
+    per_gpu = max(1, args.micro_batch or 8192 // tokens) * tokens
+    gib = {"weights, gradients, Adam in fp32": 16 * count / args.gpus, "slot in bf16": 2 * count,
+           "~ gathered blocks and reduction buffers": 2 * 3.4 * count / layers + (args.gpus > 1) * 4 * 2 * count / layers,
+           f"~ activations of {per_gpu // tokens} checkpointed rows": per_gpu * dim * 2 * (layers + 40),
+           "~ CUDA context, workspaces, NCCL": (1.5 + 1.5 * (args.gpus > 1)) * 2**30}
+    for part, value in gib.items():
+        print(f"  {part:<40}{value / 2**30:>9.1f} GiB")
+    total = sum(gib.values()) / 2**30
+    print(f"  {'together':<40}{total:>9.1f} GiB: {'fits' if total < args.gib else 'does not fit'} into {args.gib:g}")
+
+
+BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "gpu": bench_gpu}
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or BENCHES:
-        if chosen not in BENCHES:
-            raise SystemExit(f"no bench {chosen!r}; there are {', '.join(BENCHES)}")
-        BENCHES[chosen]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=[*BENCHES, "plan"])
+    add = parser.add_argument_group("plan").add_argument
+    add("--gpus", type=int, default=8, help="(default: %(default)s)")
+    add("--gib", type=float, default=79, help="memory of a GPU (default: %(default)s)")
+    add("--tflops", type=float, default=700, help="what a matrix product reaches (default: %(default)s)")
+    add("--size", type=int, default=1024, help="pixels of a side (default: %(default)s)")
+    add("--prompts", type=int, default=16, help="per step (default: %(default)s)")
+    add("--group-size", type=int, default=8, help="(default: %(default)s)")
+    add("--sampler-steps", type=int, default=40, help="(default: %(default)s)")
+    add("--timesteps", type=int, default=4, help="trained (default: %(default)s)")
+    add("--micro-batch", type=int, help="rows (default: 8192 tokens of them)")
+    args = parser.parse_args()
+    bench_plan(args) if args.bench == "plan" else BENCHES[args.bench]()

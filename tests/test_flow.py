@@ -262,6 +262,19 @@ def test_same_buffers_serve_other_prompts_of_the_same_shape(network):
     assert len(sampler.entries) == 1
 
 
+@torch.no_grad()
+def test_shapes_take_turns_in_one_arena(network):
+    """A longer prompt needs a larger arena, which sends every other entry away; shorter ones leave it as it is."""
+    sampler, arguments = model.Sampler(network, graphs=False), (GRID, SCHEDULE, MIXED, 3)
+    pairs = {length: (make_prompt(length, [length]), make_prompt(1, [2])) for length in (4, 9, 6)}
+    for length, entries in ((4, 1), (9, 1), (6, 2), (4, 3), (9, 3), (6, 3)):
+        x, _ = sampler([pairs[length]] * 2, generators(2), *arguments)
+        fresh, _ = model.Sampler(network, graphs=False)([pairs[length]] * 2, generators(2), *arguments)
+        assert torch.equal(x, fresh) and len(sampler.entries) == entries
+    places = {kv.untyped_storage().data_ptr() for b in sampler.entries.values() for pair in b.cond.kv + b.uncond.kv for kv in pair}
+    assert places == {sampler.arena.untyped_storage().data_ptr()}
+
+
 @pytest.mark.parametrize("rows", [[2] * 5, [0, 1, 2, 2, 0]], ids=["one prompt", "two prompts"])
 @torch.no_grad()
 def test_splitting_a_batch_does_not_change_the_images(network, rows):

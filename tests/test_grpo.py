@@ -163,3 +163,17 @@ def test_editing_with_the_kl_and_several_rewards(tmp_path):
         "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts", str(ROOT / "tests/tiny/edits_heldout.jsonl"),
         "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", *SMALL)
     assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1] and set(line["reward"]) == {"aesthetic", "alignment"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_blocks_train_the_same(tmp_path, processes):
+    """With recomputed activations; slot and policy are compiled alike, so the first ratio is still 1, and so is the gradient nearly."""
+    logs = []
+    for flags in ([], ["--compile"]):
+        (tmp_path / f"with{len(flags)}").mkdir()
+        logs.append(run_script(tmp_path / f"with{len(flags)}", "--reward", ORACLE, "--steps", "1", "--checkpointing", *flags, *SMALL,
+                               processes=processes)[0])
+    plain, compiled = logs
+    assert compiled["ratio_dev"][0] < 1e-6 and compiled["loss"][0] == pytest.approx(plain["loss"][0], abs=1e-6)
+    assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=2e-2)
