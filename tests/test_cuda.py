@@ -1,0 +1,58 @@
+"""What only a GPU can show, on the tiny model; skipped without one."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TINY = Path(__file__).resolve().parent / "tiny" / "model"
+
+
+def sample(sampler, length, cfg=2.0):
+    """Three images of a random prompt of so many tokens, with two stochastic steps."""
+    generator = torch.Generator().manual_seed(length)
+    width = sampler.model.config["context_in_dim"]
+    pair = tuple(model.Prompt(torch.randn(n, width, generator=generator), [False] * n, []) for n in (length, 3))
+    grid, t, _ = model.sampling_settings(TINY, (64, 64), 6)
+    generators = [model.image_generator(0, 0, 0, g) for g in range(3)]
+    return sampler([pair] * 3, generators, grid, t, model.noise_levels(t, [0, 2], 0.7), cfg)[0]
+
+
+@pytest.fixture
+def network():
+    return model.materialise(model.new_transformer(TINY, torch.bfloat16), TINY, torch.device("cuda", 0)).requires_grad_(False)
+
+
+def test_graph_equals_eager_bit_for_bit(network):
+    """For shapes that share the arena, replayed and captured anew, with guidance and without, and after new weights in place."""
+    eager, graph = model.Sampler(network, graphs=False), model.Sampler(network, graphs=True)
+    for length, cfg in ((5, 2.0), (9, 2.0), (5, 2.0), (9, 1.0), (5, 1.0)):
+        assert torch.equal(sample(graph, length, cfg), sample(eager, length, cfg))
+    with torch.no_grad():
+        for param in network.parameters():
+            param.mul_(1.01)
+    assert torch.equal(sample(graph, 5), sample(eager, 5))
+    graph.drop()
+    assert not graph.entries and torch.equal(sample(graph, 5), sample(eager, 5))
+
+
+def test_a_thread_may_use_the_gpu_while_a_graph_is_captured(network):
+    busy, failed = threading.Event(), []
+
+    def work():
+        try:
+            while not busy.is_set():
+                torch.randn(256, 256, device="cuda").matmul(torch.randn(256, 256).pin_memory().cuda()).sum().item()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    images = [sample(model.Sampler(network, graphs=True), length) for length in range(4, 12)]
+    busy.set()
+    thread.join()
+    assert not failed and all(image.isfinite().all() for image in images)
