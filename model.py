@@ -969,6 +969,7 @@ class Sampler:
         b.cfg.fill_(cfg)
         for mine, new in zip(tensors(b.cond) + tensors(b.uncond), tensors(cond) + tensors(uncond)):
             mine.copy_(new)
+        del cond, uncond, new  # the arena has them
         states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
         for k, row in enumerate(rows):
             if k in keep:
@@ -991,7 +992,7 @@ class Sampler:
         if key in self.entries:
             return self.entries[key]
         sizes = [part.numel() for p in (cond, uncond) if p for pair in p.kv for part in pair]
-        if sum(sizes) > len(self.arena):
+        if sum(sizes) > len(self.arena) or len(self.entries) == 32:
             self.drop()  # all graphs hold its address
             self.arena = self.arena.new_empty(sum(sizes))
         parts = iter(self.arena[:sum(sizes)].split(sizes))
@@ -1009,10 +1010,8 @@ class Sampler:
 
 
 def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
-    """Sample images in batches, each [(step, prompt id, image number)] of `images` with its own noise.
-
-    Yields (batch of the list, PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller.
-    """
+    """Sample images in batches, each [(step, prompt id, image number)] of `images` with its own noise. Yields (batch of the list,
+    PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller."""
     for first in range(0, len(images), batch):
         chunk = images[first:first + batch]
         generators = [image_generator(seed, *key) for key in chunk]
@@ -1023,8 +1022,9 @@ def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, ke
         yield chunk, to_images(pixels), states
 
 
-def forward_flops(config, tokens, prefix):
-    """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at `prefix` tokens and at themselves."""
+def forward_flops(config, tokens, prompt):
+    """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at a prompt and at themselves."""
+    prefix = len(prompt.slots) + 3 * sum(prompt.slots)  # a slot stands for 2x2 latents
     dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
     matrices = layers * (4 + 3 * config["mlp_ratio"]) * dim**2 + 2 * config["in_channels"] * dim
     return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim

@@ -107,7 +107,7 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in sampling and training (default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     return parser.parse_args(argv)
 
 
@@ -455,10 +455,10 @@ def main(argv=None):
         # local judges leave before training; other rewards are waited for group by group
         wait([future for row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
         move_judges(rewards, CPU)
-        if cuda:
-            sampler.drop()  # the updates need the memory
-            vae.cpu()
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        if cuda:
+            vae.cpu()  # the updates need the memory
+            sampler.drop()
 
         # updates, each on its own groups
         shifts, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], 0.0, 0
@@ -513,7 +513,7 @@ def main(argv=None):
         train_seconds = time.perf_counter() - clock - waited_seconds
 
         # one line a step
-        work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
+        work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
         work *= G * (K * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
         seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
                    "train": train_seconds}

@@ -86,7 +86,7 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in sampling and training (default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     return parser.parse_args(argv)
 
 
@@ -368,8 +368,8 @@ def main(argv=None):
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         if cuda:
-            sampler.drop()  # the updates need the memory
-            vae.cpu()
+            vae.cpu()  # the updates need the memory
+            sampler.drop()
 
         # updates, each on its own groups
         errors, losses, norms, skipped = [], [], [], 0
@@ -400,8 +400,8 @@ def main(argv=None):
         train_seconds = time.perf_counter() - clock
 
         # one line a step
-        work = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) for i in ids)
-        guided = sum(forward_flops(config, tokens, len(encoded[i][0].slots)) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
+        work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
+        guided = sum(forward_flops(config, tokens, encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
         work = G * ((K + 3 * len(trained)) * work + len(trained) * guided)
         seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds, "swap": swap_seconds, "train": train_seconds}
         total_seconds = rollout_seconds + frozen_seconds + train_seconds

@@ -469,7 +469,7 @@ def draw(args):
                 (_, pictures, _), = generate(sampler, vae, encoded, keys, grid, t, torch.zeros(len(t) - 1), cfg, args.seed, batch)
                 images += pictures[:G - first]
             sampling += time.perf_counter() - clock
-            flops = [forward_flops(config, grid[0] * grid[1], len(prompt.slots)) for prompt in encoded[i][:2 if cfg != 1 else 1]]
+            flops = [forward_flops(config, grid[0] * grid[1], prompt) for prompt in encoded[i][:2 if cfg != 1 else 1]]
             work += math.ceil(G / batch) * batch * (len(t) - 1) * sum(flops)
             futures = [pool.submit(reward, images, [requests[i]] * G) for pool, reward in zip(pools, rewards)]
             if waiting:

@@ -350,7 +350,7 @@ def main(argv=None):
 
     # ---- 8. train --------------------------------------------------------------------------------------------
     bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0, dynamic_ncols=True), None
-    pictures, read, began = 0, 0, time.perf_counter()
+    rated, read, began = 0, 0, time.perf_counter()
     for step in bar:
         numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
         total = 0.0
@@ -364,7 +364,7 @@ def main(argv=None):
             loss = loss + form / size
             (loss * world / args.batch).backward()  # FSDP averages over ranks
             total += loss.item() / args.batch
-            pictures, read = pictures + len(examples), read + inputs["input_ids"].numel()
+            rated, read = rated + len(examples), read + inputs["input_ids"].numel()
         total = sum(all_gather_list([total]))
         torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         for group in optimizer.param_groups:
@@ -375,10 +375,10 @@ def main(argv=None):
         bar.set_postfix(loss=f"{running:.3f}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
-    if rank == 0 and pictures:
+    if rank == 0 and rated:
         seconds = time.perf_counter() - began
-        print(f"{world * pictures / seconds:.1f} pictures a second, MFU {6 * count * read / seconds / matmul_peak(device):.1%} "
-              "(6 FLOPs per parameter and token)")
+        print(f"{world * rated / seconds:.1f} examples a second, MFU {6 * count * read / seconds / matmul_peak(device):.1%} "
+              "(6 FLOPs per trained parameter and token)")
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
     weights = full_weights(vlm)

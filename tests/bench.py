@@ -4,16 +4,19 @@
     python tests/bench.py prefix       # an edit update with the shared prefix against recomputing it for every row
     python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
-    python tests/bench.py gpu          # the 7B shape with random weights: eager, graph, compiled; a whole GRPO iteration
-    python tests/bench.py plan --gpus 8 --gib 80 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
+    python tests/bench.py denoise --size 512 1024         # a GPU: the 7B shape with random weights: eager, graph, compiled
+    python tests/bench.py iteration --size 512            # a GPU of 140 GB, 32 GB of disk: whole GRPO iterations at that shape
+    python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
 
 What is compared runs interleaved in one process; tables give medians.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,6 +65,8 @@ def one_length(encoded, count):
 
 
 def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
+    if not importlib.util.find_spec("diffusers"):
+        raise SystemExit("bench.py sampler needs: pip install diffusers==0.42.1")
     from test_diffusers import load_pipeline
     device, requests = torch.device("cpu"), dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")))
     vae, (grid, t, _) = model.load_vae(TINY / "model", device, torch.float32), model.sampling_settings(TINY / "model", steps=steps)
@@ -73,7 +78,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
         network = model.materialise(model.new_transformer(TINY / "model", torch.float32), TINY / "model", device)
         samplers[kind] = model.Sampler(network.requires_grad_(False), graphs=False)
     for block in network.transformer_blocks:
-        block.compile()
+        block.compile(dynamic=True)
     pipeline = load_pipeline(TINY / "model")
     noise = torch.stack([torch.randn(grid[0] * grid[1], 16, generator=model.image_generator(0, *key)) for key in images])
     embeds, mask = pipeline.encode_prompt([requests[i].prompt for i in chosen], num_images_per_prompt=1)[:2]
@@ -100,7 +105,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
     seconds = interleaved({"diffusers": lambda: theirs("latent"), **{kind: lambda kind=kind: ours(kind) for kind in samplers},
                            "diffusers with VAE": lambda: theirs("pil"), "ours with VAE": ours_to_the_end}, rounds)
     peak = model.matmul_peak(device)
-    work = group * steps * sum(model.forward_flops(network.config, grid[0] * grid[1], len(prompt.slots))
+    work = group * steps * sum(model.forward_flops(network.config, grid[0] * grid[1], prompt)
                                for i in chosen for prompt in encoded[i])
     print(f"{prompts} prompts x {group} images, {steps} steps, guidance {cfg:g}, {torch.get_num_threads()} thread")
     print(f"{'':<20}{'seconds':>9}{'speed-up':>10}{'share of matmul peak':>22}")
@@ -249,15 +254,16 @@ def random_prompt(config, length, seed):
 
 def bench_denoise(config, sides, device, batch=8, steps=6, rounds=3, length=128):
     """Seconds of one image's step with guidance: eager, graph, compiled blocks, both; in the same process, same weights."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `setup` does
     dtype, peak = model.compute_dtype(device), model.matmul_peak(device)
     network = random_network(config, device, dtype)
     pair = random_prompt(config, length, 0), random_prompt(config, 10, 1)
     scheduler = model.read_config(TINY / "model" / "scheduler" / "scheduler_config.json")
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {batch} images of a prompt of {length} tokens, guidance 4; "
-          f"a matrix product runs at {peak / 1e12:.3g} TFLOP/s\n{'':<28}{'s/image/step':>13}{'share of peak':>15}{'GiB':>8}")
+          f"a matrix product runs at {peak / 1e12:.3g} TFLOP/s\n{'':<28}{'s/image/step':>13}{'share of peak':>15}")
     for compiled in (False, True):
         for block in network.transformer_blocks if compiled else ():
-            block.compile()
+            block.compile(dynamic=True)
         for side in sides:
             grid = (side // 16, side // 16)
             t, states = model.timesteps(scheduler, grid[0] * grid[1], steps), {}
@@ -269,17 +275,15 @@ def bench_denoise(config, sides, device, batch=8, steps=6, rounds=3, length=128)
                 generators = [model.image_generator(0, 0, 0, g) for g in range(batch)]
                 states[kind] = samplers[kind]([pair] * batch, generators, grid, t, torch.zeros(steps), 4.0)[0]
 
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             seconds = interleaved({kind: lambda kind=kind: sample(kind) for kind in samplers}, rounds)
-            gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-            work = sum(model.forward_flops(config, grid[0] * grid[1], len(prompt.slots)) for prompt in pair)
+            work = sum(model.forward_flops(config, grid[0] * grid[1], prompt) for prompt in pair)
             for kind, value in seconds.items():
                 value /= steps * batch
                 name = f"{side} px, {'compiled, ' * compiled}{kind}"
-                print(f"{name:<28}{value:>13.4f}{work / value / peak:>15.1%}{gib:>8.1f}")
+                print(f"{name:<28}{value:>13.4f}{work / value / peak:>15.1%}")
             if "graph" in states:
-                print(f"{side} px: graph and eager differ by {(states['graph'] - states['eager']).abs().max().item():.1e}")
+                print(f"{side} px: graph and eager differ by {(states['graph'] - states['eager']).abs().max().item():.1e}; "
+                      f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB so far at most")
 
 
 def random_checkpoint(folder, config, vae):
@@ -311,16 +315,18 @@ def bench_iteration(config, vae, sides, arguments=(), steps=3):
                 run_quietly(command, cwd=folder)
                 line = json.loads((Path(folder) / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
                 parts = "".join(f"{line['seconds'][part]:>9.2f}" for part in ("rollout", "frozen", "reward_wait", "train"))
+                shutil.rmtree(Path(folder) / "runs" / name)  # holds a model
                 print(f"{f'{side} px {chr(32).join(flags)}':<28}{parts}{line['mfu']:>7.1%}{line['peak_gib'] or math.nan:>8.1f}")
 
 
 
-def bench_gpu():
+def bench_gpu(part, sides):
     if not torch.cuda.is_available():
-        raise SystemExit("bench.py gpu needs a CUDA GPU")
-    bench_denoise(REAL, (512, 1024), torch.device("cuda", 0))
-    torch.cuda.empty_cache()
-    bench_iteration(REAL | {"context_in_dim": 96}, REAL_VAE, (512, 1024), ["--prompts-per-step", "2", "--group-size", "16"])
+        raise SystemExit(f"bench.py {part} needs a CUDA GPU")
+    if part == "denoise":
+        bench_denoise(REAL, sides, torch.device("cuda", 0))
+    else:
+        bench_iteration(REAL | {"context_in_dim": 96}, REAL_VAE, sides, ["--prompts-per-step", "2", "--group-size", "8"], steps=2)
 
 
 # ---- on paper ------------------------------------------------------------------------------------------------
@@ -329,15 +335,16 @@ def bench_gpu():
 def bench_plan(args, config=REAL, text=128):
     """Least time and the memory of one GRPO iteration with hybrid guidance and a KL term: FLOPs over the given FLOP/s, bytes by what
     holds them. Marked ~: an estimate, not a count."""
-    tokens, dim, layers = (args.size // 16) ** 2, config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    side = args.size[0]
+    tokens, dim, layers = (side // 16) ** 2, config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
     with torch.device("meta"):
         count = sum(param.numel() for param in model.FlowTransformer(config).parameters())
     images = args.prompts * args.group_size
-    forward, speed = images * model.forward_flops(config, tokens, text), 1e12 * args.tflops * args.gpus
+    forward, speed = images * model.forward_flops(config, tokens, random_prompt(config, text, 0)), 1e12 * args.tflops * args.gpus
     passes = {"rollout, guided": 2 * args.sampler_steps, "old and reference velocities": 2 * args.timesteps,
-              "training": 3 * args.timesteps, "training, recomputing activations": 4 * args.timesteps}
+              "training": 3 * args.timesteps, "or training that recomputes activations": 4 * args.timesteps}
     print(f"{count:,} parameters on {args.gpus} GPUs at {args.tflops:g} TFLOP/s; {args.prompts} prompts x {args.group_size} images of "
-          f"{args.size} px, {args.sampler_steps} steps, {args.timesteps} trained")
+          f"{side} px, {args.sampler_steps} steps, {args.timesteps} trained")
     for part, number in passes.items():
         print(f"  {part:<40}{number * forward / speed:>9.1f} s")
     per_gpu = max(1, args.micro_batch or 8192 // tokens) * tokens
@@ -351,20 +358,26 @@ def bench_plan(args, config=REAL, text=128):
     print(f"  {'together':<40}{total:>9.1f} GiB: {'fits' if total < args.gib else 'does not fit'} into {args.gib:g}")
 
 
-BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "gpu": bench_gpu}
+BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[*BENCHES, "plan"])
+    parser.add_argument("bench", choices=[*BENCHES, "denoise", "iteration", "plan"])
+    add = parser.add_argument_group("denoise, iteration, plan").add_argument
+    add("--size", type=int, nargs="+", default=[1024], help="pixels of a side; of plan only one (default: 1024)")
     add = parser.add_argument_group("plan").add_argument
     add("--gpus", type=int, default=8, help="(default: %(default)s)")
     add("--gib", type=float, default=79, help="memory of a GPU (default: %(default)s)")
     add("--tflops", type=float, default=700, help="what a matrix product reaches (default: %(default)s)")
-    add("--size", type=int, default=1024, help="pixels of a side (default: %(default)s)")
     add("--prompts", type=int, default=16, help="per step (default: %(default)s)")
     add("--group-size", type=int, default=8, help="(default: %(default)s)")
     add("--sampler-steps", type=int, default=40, help="(default: %(default)s)")
     add("--timesteps", type=int, default=4, help="trained (default: %(default)s)")
     add("--micro-batch", type=int, help="rows (default: 8192 tokens of them)")
     args = parser.parse_args()
-    bench_plan(args) if args.bench == "plan" else BENCHES[args.bench]()
+    if args.bench in BENCHES:
+        BENCHES[args.bench]()
+    elif args.bench == "plan":
+        bench_plan(args)
+    else:
+        bench_gpu(args.bench, args.size)

@@ -175,7 +175,7 @@ def pictures_of(task, kind, seed):
 
 
 def drawing_of(task, kind, seed):
-    """The command that draws a task's held-out prompts by a run, or by the "base" or the "unguided" base, and asks the task's rewards."""
+    """The command that draws a task's held-out prompts by a run, or by the "base" or the "unguided" base, and scores them."""
     rewards, _, _, heldout, images = TASKS[task]
     root = TINY / "model" if kind in ("base", "unguided") else ROOT / "runs" / f"reproduce-{kind}-{seed}" / "model"
     return drawing(pictures_of(task, kind, seed).name, root, heldout, [str(TINY / rewards)], "--group-size", str(images),
