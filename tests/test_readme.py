@@ -31,9 +31,9 @@ def small(command):
         words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
     elif words[0] == "python":
         words[0] = sys.executable
-    if "Qwen/" in command:  # no hub here
-        at = words.index("--model")
-        del words[at:at + 2]
+    for flag, values in (("--model", 1), ("--size", 2)) if "Qwen/" in command else ():  # no hub here, and the tiny model's size
+        at = words.index(flag) if flag in words else len(words)
+        del words[at:at + 1 + values]
     script = next(word for word in words if word.endswith(".py"))
     several = ".json " in command + " " or "alignment" in command  # several VLMs, some of which reason: without the final table
     few = ["--eval-prompts", "few.jsonl"] * ("--eval-prompts" not in words and script in ("grpo.py", "nft.py", "opd.py"))
