@@ -3,8 +3,8 @@
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
     python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: an hour
-    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits
-    python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both tasks
+    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 45 minutes
+    python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both tasks: an hour
     python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: an hour
 
 Trainings run side by side, one for every core.
@@ -221,8 +221,8 @@ def opd():
     records = {cell: rollout.read_records(pictures_of(*cell)) for cell in cells}
     shown = {task: [rollout.by_prompt(records[task, "base", 0])[i] for i in chosen]
              for task, chosen in {"t2i": (0, 20, 40, 60), "edit": (0, 4, 16, 20)}.items()}
-    sources = [Image.new("RGB", (96, 96), "white")] * 4 + [Image.open(r["folder"] / r["source"][0]) for r in shown["edit"]]
-    rows = [[("", image) for image in sources]]
+    rows = [[("", Image.new("RGB", (96, 96), "white")) for _ in shown["t2i"]]
+            + [("source", Image.open(r["folder"] / r["source"][0])) for r in shown["edit"]]]
     for kind, label in {"base": "base", "unguided": "base, unguided", **dict(list(kinds.items())[:4])}.items():
         rows.append([(f"{label}: {r['prompt']}", Image.open(pictures_of(task, kind, 0) / r["file"]))
                      for task in TASKS for r in shown[task]])
