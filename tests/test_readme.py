@@ -40,7 +40,7 @@ def small(command):
     return words + SMALL.get(script, []) + few + ["--eval-images", "0"] * (several and script in ("grpo.py", "nft.py"))
 
 
-RUN = [command for command in COMMANDS if small(command)]
+RUN = list({str(small(command)): command for command in reversed(COMMANDS) if small(command)}.values())[::-1]  # each once
 
 
 @pytest.fixture(scope="module")
