@@ -993,7 +993,7 @@ class Sampler:
             return self.entries[key]
         sizes = [part.numel() for p in (cond, uncond) if p for pair in p.kv for part in pair]
         if sum(sizes) > len(self.arena) or len(self.entries) == 32:
-            self.drop()  # all graphs hold its address
+            self.drop()  # graphs hold the arena's address, and shapes must not pile up
             self.arena = self.arena.new_empty(sum(sizes))
         parts = iter(self.arena[:sum(sizes)].split(sizes))
         cond, uncond = (p and p._replace(kv=[tuple(next(parts).view_as(x) for x in pair) for pair in p.kv]) for p in (cond, uncond))

@@ -334,9 +334,10 @@ def main(argv=None):
 
     # ---- 8. models -------------------------------------------------------------------------------------------
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
-    torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
-    for block in (*slot.transformer_blocks, *policy.transformer_blocks) if args.compile else ():
-        block.compile(dynamic=True)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
+            block.compile(dynamic=True)
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
