@@ -17,8 +17,8 @@ Differs from the paper:
   4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are unguided. What guidance
      adds to all of a group cancels between its good and bad images.
   5. The paper gives no beta, A_max, KL weight or learning rate.
-  6. A score that failed is left out and counted, never 0; such an image has r = 1/2, which prefers nothing. One that does not
-     apply is dropped for its group. The paper gives no rule.
+  6. A score that failed is left out and counted, never 0; an image without any has r = 1/2, which prefers nothing. One that
+     does not apply is dropped for its group. The paper gives no rule.
   7. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
 The public DiffusionNFT code differs from Eq. 8, which is here as printed: see the README.
 The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid); --guided-objective, both; --cfg 1,
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=float, metavar="S",
         help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 4)")
     add("--guided-objective", action="store_true",
@@ -119,12 +119,11 @@ def trained_steps(spec, total):
     half = max(1, total // 2)
     if spec in ("half", "all"):
         return list(range(half if spec == "half" else total))
-    steps = [int(k) for k in spec.split(",") if k.strip().isdecimal()]
-    if "," in spec and steps and max(steps) < total:
-        return sorted(set(steps))
-    if "," in spec or not steps or not 1 <= steps[0] <= half:
+    words = spec.rstrip(",").split(",")
+    steps = [int(word) for word in words if word.strip().isdecimal()]
+    if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
         raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
-    return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
 # ---- 3. rewards and advantage (same in grpo, nft) ------------------------------------------------------------
@@ -165,8 +164,8 @@ def group_advantage(scores, weights):
     std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()                      # sigma_k (K, P, 1)
     low = values.where(valid, math.inf).amin(-1, keepdim=True)
     high = values.where(valid, -math.inf).amax(-1, keepdim=True)
-    signal = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
-    z = ((values - mean) / std.where(std > 0, 1)).where(signal, 0)                                           # Eq. 4   (K, P, G)
+    differs = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
+    z = ((values - mean) / std.where(std > 0, 1)).where(differs, 0)                                          # Eq. 4   (K, P, G)
     return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
 
 
@@ -198,13 +197,14 @@ def optimality(advantage, adv_max):
 
 def draw_steps(steps, count, generator):
     """`count` of the sampler steps, one from each of as many strata of the list."""
-    return [steps[int((m + torch.rand((), generator=generator)) * len(steps) / count)] for m in range(count)]
+    draws = [int((d + torch.rand((), generator=generator)) * len(steps) / count) for d in range(count)]
+    return [steps[min(draw, len(steps) - 1)] for draw in draws]  # d + a number just below 1 rounds to d + 1
 
 
 def nft_loss(v, v_old, v_target, r, beta):
     """Good images attract, bad ones repel the velocity, one row per (image, timestep). fp32.
 
-    v, v_old  (B, N, C)  unguided velocities of the trained and of the old policy at x_t;  v_target (B, N, C)  eps - x_0
+    v, v_old  (B, N, C)  the objective's velocities by the trained and the old policy at x_t;  v_target (B, N, C)  eps - x_0
     r         (B,)       Eq. 8: 1 for the best images, 0 for the worst
     Returns the loss summed over rows.
     """
@@ -233,7 +233,8 @@ def open_run(args, specs):
             raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
         before = json.loads((run / "args.json").read_text())
         args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures")
+        args.lr = before["lr"] if args.lr is None else args.lr
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
@@ -256,8 +257,8 @@ def prompt_ids(step, count, per_step, seed):
 
 
 def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, [updates][groups]: an update has the same prompts whatever the number of ranks."""
-    return [ids[update::updates][rank::world] for update in range(updates)]
+    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
+    return [i for update in range(updates) for i in ids[update::updates][rank::world]]
 
 
 def apply_update(optimizer, params, loss, grad_clip):
@@ -312,28 +313,29 @@ def main(argv=None):
     policy = new_transformer(root, torch.float32)
     config = policy.config
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
-    tokens, K = grid[0] * grid[1], len(t) - 1
+    tokens, T = grid[0] * grid[1], len(t) - 1
+    run = open_run(args, args.reward)
     lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
-    run = open_run(args, args.reward)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
-    trained = trained_steps(args.train_timesteps, K)
+    trained = trained_steps(args.train_timesteps, T)
     branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
     # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
-    used = {i: requests[i] for share in shares for part in share for i in part}
+    used = {i: requests[i] for share in shares for i in share}
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
     # ---- 8. models -------------------------------------------------------------------------------------------
-    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the reference
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
         for block in (*slot.transformer_blocks, *policy.transformer_blocks):
@@ -341,13 +343,15 @@ def main(argv=None):
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
+    # eps: a loss that is a mean over dimensions has small gradients
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
+    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
     sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
     rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
-    sigma, keep = torch.zeros(K), {K}  # the ODE; only its end is kept
-    pairs = [(m, g) for m in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
+    pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
     memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
@@ -356,19 +360,19 @@ def main(argv=None):
               "old policy and reference in host memory": sum(row.nbytes for row in old + reference)}
 
     def noised(x0, step, i):
-        """A group's images (G, N, C) at drawn steps: x_t and v = eps - x_0, both (M, G, N, C), and t (M, G, 1, 1)."""
+        """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G, 1, 1)."""
         generators = [image_generator(args.seed, f"noise {step}", i, g) for g in range(G)]
-        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T     # (M, G)
+        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T     # (D, G)
         eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators], dim=1).to(device)
         t_rows = t[drawn][..., None, None].to(device)
         return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                            # Eq. 1
 
     def rows(states, group, micro):
         """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
-        m, g = map(list, zip(*micro))
-        return [part[m, g] for part in states[group]]
+        d, g = map(list, zip(*micro))
+        return [part[d, g] for part in states[group]]
 
-    # ---- 9. frozen velocities (same in grpo, nft) ------------------------------------------------------------
+    # ---- 9. header, reward threads, frozen velocities (same in grpo, nft) ------------------------------------
     pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
              for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
     peak = matmul_peak(device)
@@ -378,7 +382,7 @@ def main(argv=None):
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {K} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
+        print(f"sampler: {T} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
               f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
         for reward in rewards:
@@ -387,7 +391,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def frozen_velocities(ids, states):
-        """Velocities by the slot's tenant on the very micro-batches that will be trained: {(group, m): v}."""
+        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v}."""
         velocities = {}
         for group, i in enumerate(ids):
             prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
@@ -400,7 +404,7 @@ def main(argv=None):
     def heldout_images(ids, number, cfg):
         """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
         images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
-        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(T), cfg, args.seed, batch)
         return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
 
     def gather_by_prompt(values):
@@ -415,7 +419,7 @@ def main(argv=None):
         for why, count in failed.most_common(3):
             print(f"held-out scores that failed: {count} x {why}")
         scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
-        scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
+        scores = scores.view(len(found), len(eval_ids), number).transpose(0, 1)                              # (prompts, K, number)
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
         return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
@@ -433,14 +437,14 @@ def main(argv=None):
 
         # rollout, guided, by the old policy; a decoded batch is scored in the background from here on
         fill(slot, old)
-        ids = [i for part in shares[step] for i in part]
+        ids = shares[step]
         move_judges(rewards, device)
         images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
         for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
             states.append(kept)
             asked = [requests[i] for _, i, _ in chunk]
             futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
-        x0 = torch.cat([kept[K] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
+        x0 = torch.cat([kept[T] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
         states = [noised(x0[group], step, i) for group, i in enumerate(ids)]
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -480,11 +484,11 @@ def main(argv=None):
                     v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
                     r = optimality(advantage[group, [g for _, g in micro]], args.adv_max).to(device)         # (B,)
                     loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
+                    total += loss.detach()
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
                         loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
                     shift.append((v.detach() - v_old[group, m]).pow(2).mean())
-                    total += loss.detach()
                     (loss * scale).backward()
                 for prefix, leaf in zip(prefixes, leaves):
                     backward_prefix(prefix, leaf)
@@ -501,8 +505,8 @@ def main(argv=None):
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
-                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
-                                   "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
+                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none "
+                                   "was applied. Look at log.jsonl and samples/ for what went wrong before; --resume with a lower --lr")
             shifts.append(torch.stack(shift).mean().sqrt().item())
             losses.append(total.item() * scale)
             penalties.append(kl.item() * scale)
@@ -515,7 +519,7 @@ def main(argv=None):
 
         # one line a step
         work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-        work *= G * (K * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
+        work *= G * (T * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
         seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
                    "train": train_seconds}
         parts = all_gather_list([{

@@ -1,7 +1,8 @@
 """On-policy distillation (Sec. 4.3, App. A): one student learns from a teacher per task, without rewards and without guidance.
 
 The student samples by the unguided ODE (Eq. 3); at the states it comes through, the teacher of the prompt's task says where it
-would go with guidance, and the student learns to go there without (Eq. 14). What guidance added becomes part of its weights.
+would go with guidance, and the student learns to go there without (Eq. 14). What guidance added becomes part of its weights. The
+error bounds the Wasserstein distance between the images of the two (Eq. 17), whence squared velocities without any likelihood.
 
     python opd.py --teacher t2i=runs/T2I/model edit=runs/EDIT/model              # tiny model, CPU, about 5 minutes
     torchrun --nproc_per_node=8 opd.py --model Qwen/Qwen-Image-2.1 --teacher t2i=DIR edit=DIR --prompts mixed.jsonl
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
     add("--prompts", default=str(TINY / "mixed.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
-    add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--name", help="directory under runs/ (default: made from tasks, seed and a number)")
     add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     add("--group-size", type=int, default=4, metavar="G", help="images per prompt (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--train-timesteps", default="all", metavar="STEPS",
         help="sampler steps that are trained: all; half, the noisier one; a number, spread over that; or a list as 0,2,3 "
              "(default: %(default)s)")
@@ -98,12 +99,11 @@ def trained_steps(spec, total):
     half = max(1, total // 2)
     if spec in ("half", "all"):
         return list(range(half if spec == "half" else total))
-    steps = [int(k) for k in spec.split(",") if k.strip().isdecimal()]
-    if "," in spec and steps and max(steps) < total:
-        return sorted(set(steps))
-    if "," in spec or not steps or not 1 <= steps[0] <= half:
+    words = spec.rstrip(",").split(",")
+    steps = [int(word) for word in words if word.strip().isdecimal()]
+    if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
         raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
-    return [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
 # ---- 3. teachers ---------------------------------------------------------------------------------------------
@@ -157,7 +157,8 @@ def open_run(args, specs):
             raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
         before = json.loads((run / "args.json").read_text())
         args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures")
+        args.lr = before["lr"] if args.lr is None else args.lr
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
@@ -180,8 +181,8 @@ def prompt_ids(step, count, per_step, seed):
 
 
 def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, [updates][groups]: an update has the same prompts whatever the number of ranks."""
-    return [ids[update::updates][rank::world] for update in range(updates)]
+    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
+    return [i for update in range(updates) for i in ids[update::updates][rank::world]]
 
 
 def apply_update(optimizer, params, loss, grad_clip):
@@ -226,7 +227,7 @@ def interval(before, after):
 
 
 def main(argv=None):
-    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+    # ---- 6. setup --------------------------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
@@ -236,28 +237,29 @@ def main(argv=None):
     policy = new_transformer(root, torch.float32)
     config = policy.config
     grid, t, base_cfg = sampling_settings(root, args.size, args.sampler_steps)
-    tokens, K = grid[0] * grid[1], len(t) - 1
+    tokens, T = grid[0] * grid[1], len(t) - 1
+    run = open_run(args, args.teacher)
     lr = 2e-5 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
-    run = open_run(args, args.teacher)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
     if P % unit:
         below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
         raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
-    trained = trained_steps(args.train_timesteps, K)
+    trained = trained_steps(args.train_timesteps, T)
 
-    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+    # ---- 7. data ---------------------------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
     roots = teacher_roots(args.teacher, requests, args.prompts)
-    used = {i: requests[i] for share in shares for part in share for i in part}
+    used = {i: requests[i] for share in shares for i in share}
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
     # ---- 8. models -------------------------------------------------------------------------------------------
-    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)  # `fill` gives it weights
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling, then teachers
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
         for block in (*slot.transformer_blocks, *policy.transformer_blocks):
@@ -271,11 +273,13 @@ def main(argv=None):
         teacher_rows = park(own_rows(load_weights(policy, teacher / "transformer")), dtype)
         teachers[task] = Teacher(teacher_rows, guidance, own.get("trained_on", []))
     load_weights(policy, root / "transformer")
+    # eps: a loss that is a mean over dimensions has small gradients
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
+    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
     sampler = Sampler(slot, cuda if args.graph is None else args.graph)
-    rewards, judges = [], load_rewards(args.judge, root, dtype, {}) if args.judge else []
-    weight = (t.diff().abs() * K if args.dt_weighting else torch.ones(K)).to(device)                         # (K,)
+    rewards, judges = [], load_rewards(args.judge, root, dtype, {})
+    weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
@@ -288,7 +292,7 @@ def main(argv=None):
         """x (B, N, C) and t (B,) of a micro-batch."""
         return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
 
-    # ---- 9. teacher velocities -------------------------------------------------------------------------------
+    # ---- 9. header, teacher velocities -----------------------------------------------------------------------
     peak = matmul_peak(device)
     if rank == 0:
         (run / "samples").mkdir(parents=True, exist_ok=True)
@@ -296,7 +300,7 @@ def main(argv=None):
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {K} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
+        print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
         for task, teacher in teachers.items():
             print(f"teacher {task}: guidance {teacher.cfg:g}; {roots[task]}")
@@ -315,7 +319,7 @@ def main(argv=None):
     def heldout_images(ids, number, cfg):
         """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
         images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
-        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(K), cfg, args.seed, batch)
+        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(T), cfg, args.seed, batch)
         return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
 
     def gather_by_prompt(values):
@@ -330,7 +334,7 @@ def main(argv=None):
         for why, count in failed.most_common(3):
             print(f"held-out scores that failed: {count} x {why}")
         scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
-        scores = scores.unflatten(1, (-1, number)).transpose(0, 1)                                           # (prompts, K, number)
+        scores = scores.view(len(found), len(eval_ids), number).transpose(0, 1)                              # (prompts, K, number)
         scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
         return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
 
@@ -347,12 +351,12 @@ def main(argv=None):
         clock = time.perf_counter()
 
         # rollout: the student's own unguided trajectory; nothing is decoded
-        ids = [i for part in shares[step] for i in part]
+        ids = shares[step]
         images, states = [(step, i, g) for i in ids for g in range(G)], []
         for first in range(0, len(images), batch):
             chunk = images[first:first + batch]
             generators = [image_generator(args.seed, *key) for key in chunk]
-            states.append(sampler([encoded[i] for _, i, _ in chunk], generators, grid, t, torch.zeros(K), 1.0, trained)[1])
+            states.append(sampler([encoded[i] for _, i, _ in chunk], generators, grid, t, torch.zeros(T), 1.0, trained)[1])
         states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -393,8 +397,8 @@ def main(argv=None):
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer)
-                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
-                                   "none was applied. Lower --lr, or look at log.jsonl and samples/ for what went wrong before")
+                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none "
+                                   "was applied. Look at log.jsonl and samples/ for what went wrong before; --resume with a lower --lr")
             losses.append(total.item() * scale)
             norms.append(norm)
         cuda and torch.cuda.synchronize()
@@ -403,17 +407,17 @@ def main(argv=None):
         # one line a step
         work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
         guided = sum(forward_flops(config, tokens, encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
-        work = G * ((K + 3 * len(trained)) * work + len(trained) * guided)
-        seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds, "swap": swap_seconds, "train": train_seconds}
-        total_seconds = rollout_seconds + frozen_seconds + train_seconds
+        work = G * ((T + 3 * len(trained)) * work + len(trained) * guided)
+        seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds - swap_seconds, "swap": swap_seconds, "train": train_seconds}
         error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
         parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "work": work, "stop": bool(stop),
                                   "loss": losses}])
         found = [pair for part in parts for pair in part["error"]]
         by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
         log.append({"step": step, "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))], "velocity_error": by_task,
-                    "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds, "images_per_second": P * G / total_seconds,
-                    "mfu": sum(part["work"] for part in parts) / (total_seconds * peak * world),
+                    "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds, 
+                    "images_per_second": P * G / sum(seconds.values()),
+                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
@@ -428,7 +432,7 @@ def main(argv=None):
             print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
             return
 
-    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
+    # ---- 12. done --------------------------------------------------------------------------------------------
     save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
@@ -439,7 +443,8 @@ def main(argv=None):
         after, pictures_after = heldout_scores(number, 1.0)
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, base with guidance {base_cfg:g}, student without, same seeds"
-            report(run, judges, before, after, title)
+            if judges:
+                report(run, judges, before, after, title)
             image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
     add("--height", type=int, metavar="H", help="pixels, a multiple of 32 (default: --width, else the checkpoint's, else 512)")
     add("--width", type=int, metavar="W", help="the same (default: --height, else the checkpoint's, else 512)")
-    add("--sampler-steps", type=int, metavar="K", help="default: the checkpoint's sample_sigmas, else 40")
+    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40")
     add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 4)")
     add("--seed", type=int, default=0, help="decides all noise (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: the group size, at most 8)")

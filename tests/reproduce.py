@@ -250,7 +250,7 @@ def opd_table(records, kinds):
             lines.append(f"| {task} | {seed} | {both} | {rows[1][0] / rows[0][0]:.0%} |")
     for seed in range(SEEDS):
         log = [json.loads(line)["seconds"] for line in (ROOT / "runs" / f"reproduce-opd-{seed}" / "log.jsonl").open()]
-        swap, total = (sum(sum(line[part] for part in parts) for line in log) for parts in (["swap"], ["rollout", "teachers", "train"]))
+        swap, total = (sum(sum(line[part] for part in parts) for line in log) for parts in (["swap"], log[0]))
         lines.append(f"seed {seed}: {total / len(log):.1f} s a step, {swap / total:.2%} of it for swapping teachers")
     return lines
 

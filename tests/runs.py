@@ -1,7 +1,9 @@
-"""Run the training scripts the way a user does, for the tests."""
+"""Run the scripts the way a user does, for the tests."""
 
+import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import signal
@@ -30,18 +32,14 @@ def command(script, *arguments, processes=1, code=None):
 
 
 def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
-    """A training script, or code that imports it, as a process of its own: what it printed, and its return code."""
+    """A script, or code that imports it, as a process of its own: what it printed, and its return code."""
     done = subprocess.run(command(script, *arguments, processes=processes, code=code), cwd=folder, env=ENVIRONMENT, timeout=300,
                           capture_output=True, text=True)
     return done.stdout + done.stderr, done.returncode
 
 
-def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
-    """Run a training script in `folder`, in this process where one will do; returns its log lines."""
-    if processes > 1 or code:
-        printed, failed = start_script(folder, *arguments, script=script, processes=processes, code=code)
-        assert not failed, printed[-4000:]
-        return read_log(folder)
+def run_here(folder, script, *arguments):
+    """A script's main in this process, in `folder`."""
     before, handler = os.getcwd(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -51,7 +49,28 @@ def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
         os.chdir(before)
         signal.signal(signal.SIGTERM, handler)
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def printed_by(folder, script, *arguments, processes=1):
+    """Run a script in `folder`, in this process where one will do; returns what it printed."""
+    if processes > 1:
+        printed, failed = start_script(folder, *arguments, script=script, processes=processes)
+        assert not failed, printed[-4000:]
+        return printed
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_here(folder, script, *arguments)
+    return printed.getvalue()
+
+
+def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
+    """Run a training script in `folder`, in this process where one will do; returns its log lines."""
+    if processes > 1 or code:
+        printed, failed = start_script(folder, *arguments, script=script, processes=processes, code=code)
+        assert not failed, printed[-4000:]
+    else:
+        run_here(folder, script, *arguments)
     return read_log(folder)
 
 

@@ -40,6 +40,11 @@ def test_copies_are_the_same(banner, names):
         assert not difference, f"edit all of {', '.join(names)} or drop the promise:\n{difference}"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_promises_for_itself(name):
+    assert all(name in BANNER.match(banner)[1].split(", ") for banner in sections(name))
+
+
 @pytest.mark.parametrize("name, share", [("nft", 0.8), ("opd", 0.65)])
 def test_siblings_differ_from_grpo_by_the_algorithm(name, share):
     texts = [[line for line, _ in groupby((ROOT / f"{script}.py").read_text().splitlines())] for script in ("grpo", name)]

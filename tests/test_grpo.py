@@ -86,8 +86,9 @@ def test_kl_is_the_mean_square_velocity_difference():
 def test_trained_steps_prefer_high_noise():
     assert trained_steps("3", 8) == [0, 2, 3] and trained_steps("1", 8) == [0] and trained_steps("4", 40) == [0, 6, 13, 19]
     assert trained_steps("half", 8) == [0, 1, 2, 3] and trained_steps("all", 3) == [0, 1, 2] and trained_steps("5,0,", 8) == [0, 5]
-    with pytest.raises(ValueError, match="--train-timesteps 5"):
-        trained_steps("5", 8)
+    for spec in ("5", "0", "-1", "x", "", ",", "8,", "0,-1", "0,1,2-5", "0,,2"):
+        with pytest.raises(ValueError, match=f"--train-timesteps {spec}: want 1 to 4"):
+            trained_steps(spec, 8)
 
 
 def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_evenly():
@@ -95,7 +96,7 @@ def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_even
     assert epoch == list(range(32)) and prompt_ids(5, 32, 8, 3) == prompt_ids(5, 32, 8, 3) != prompt_ids(5, 32, 8, 4)
     ids = prompt_ids(0, 32, 8, 3)
     one, two = rank_share(ids, 2, 0, 1), [rank_share(ids, 2, rank, 2) for rank in (0, 1)]
-    assert [sorted(two[0][u] + two[1][u]) for u in (0, 1)] == [sorted(part) for part in one]
+    assert sorted(one) == ids and [sorted(two[0][u] + two[1][u]) for u in (slice(2), slice(2, 4))] == [one[:4], one[4:]]
 
 
 # The script
@@ -121,22 +122,18 @@ def test_run_directory_is_complete(four_steps):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """First update's gradient (Adam's first moment after one step) to 1e-5, two steps of log lines to three digits.
+    """The first gradient's norm to 1e-5, Adam's first moments after four updates to 1e-3, log lines to three digits.
 
     A group is a rollout batch, so that both sample the same states; other batch shapes round differently.
     """
-    folders, logs, small = [tmp_path / "one", tmp_path / "two"], [], [*SMALL, "--rollout-batch", "4"]
+    folders, logs = [tmp_path / "one", tmp_path / "two"], []
     for processes, folder in enumerate(folders, 1):
         folder.mkdir()
-        run_script(folder, "--reward", ORACLE, "--steps", "1", "--updates-per-rollout", "1", *small, processes=processes)
-    moments = [{k: v["exp_avg"] for k, v in checkpoint(folder)["optimizer"]["state"].items()} for folder in folders]
-    for name, value in moments[0].items():
-        assert (moments[1][name] - value).norm() <= 1e-4 * value.norm(), name
-    one, two = (torch.cat([value.flatten() for value in m.values()]) for m in moments)
-    assert (one - two).norm() <= 1e-5 * one.norm()
-    for processes, folder in enumerate(folders, 1):
-        (folder / "runs" / "run").rename(folder / "runs" / "first")
-        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "2", *small, processes=processes))
+        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "2", *SMALL, "--rollout-batch", "4", processes=processes))
+    states = [checkpoint(folder)["optimizer"]["state"] for folder in folders]
+    one, two = (torch.cat([state[name]["exp_avg"].flatten() for name in sorted(state)]) for state in states)
+    assert (one - two).norm() <= 1e-3 * one.norm()
+    assert logs[1][0]["grad_norm"][0] == pytest.approx(logs[0][0]["grad_norm"][0], rel=1e-5)
     for one, two in zip(*logs):
         assert one["ratio_dev"][0] == two["ratio_dev"][0] == 0.0 < two["ratio_dev"][1]
         for key in ("reward", "reward_std"):

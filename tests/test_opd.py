@@ -42,9 +42,12 @@ def test_gradient_of_rows_is_that_of_one_joint_loss():
 
 
 def test_a_student_that_is_its_teacher_stays_put(tmp_path):
-    """Without guidance the loss is exactly 0, and weight decay is off: nothing moves."""
-    (line,) = run_script(tmp_path, *TEACHERS, "--teacher-cfg", "1", "--steps", "1", *SMALL, script="opd.py")
+    """Without guidance the loss is exactly 0, and weight decay is off: nothing moves. Without judges pictures are left, but no table."""
+    (tmp_path / "few.jsonl").write_text("".join((ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines(keepends=True)[:3]))
+    arguments = [*SMALL, "--teacher-cfg", "1", "--steps", "1", "--eval-prompts", "few.jsonl", "--eval-images", "6"]
+    (line,) = run_script(tmp_path, *TEACHERS, *arguments, script="opd.py")
     assert line["loss"] == [0.0] and line["grad_norm"] == [0.0]
+    assert (tmp_path / "runs/run/samples/before_after.png").exists() and not (tmp_path / "runs/run/eval.json").exists()
     saved = model.materialise(model.new_transformer(tmp_path / "runs/run/model", torch.float32), tmp_path / "runs/run/model", "cpu")
     base = model.materialise(model.new_transformer(BASE, torch.float32), BASE, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters()))
@@ -110,7 +113,7 @@ def test_more_teachers_stay_in_host_memory(tmp_path, capsys):
         (folder / "prompts.jsonl").write_text("\n".join(json.dumps(r | {"task": tasks[i % count]}) for i, r in enumerate(records)))
         arguments = ["--prompts", "prompts.jsonl", "--teacher", *(f"{task}={BASE}" for task in tasks), "--steps", "1", *SMALL]
         (line,) = run_script(folder, *arguments, script="opd.py")
-        assert set(line["velocity_error"]) == set(tasks) and 0 <= line["seconds"]["swap"] <= line["seconds"]["teachers"]
+        assert set(line["velocity_error"]) == set(tasks) and min(line["seconds"].values()) >= 0
         held.append(capsys.readouterr().out.partition("memory of a rank, MiB: ")[2].partition(", teachers in host memory ")[0])
     assert held[0] == held[1] and "slot 5.5" in held[0]
 

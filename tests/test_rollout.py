@@ -14,20 +14,15 @@ from PIL import Image
 
 import model
 import rollout
+from runs import printed_by
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, LETTER = "a red circle above a blue square on a white background", "the letter Z in red on a white background"
 ORACLE = [f"{name}={ROOT / 'tests/tiny/world.py'}:{name}_reward" for name in ("aesthetic", "alignment")]
 
 
-def run(folder, *arguments, processes=1, fails=False):
-    """Run rollout.py in `folder`; returns what it printed."""
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launcher, str(ROOT / "rollout.py"), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=200)
-    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+def run(folder, *arguments, processes=1):
+    return printed_by(folder, "rollout.py", *arguments, processes=processes)
 
 
 def pixels(folder, name, i=0, g=0):
@@ -123,15 +118,16 @@ def test_a_killed_job_continues_with_the_same_lines(drawn, tmp_path):
 
 
 def test_a_name_is_not_reused_for_other_arguments(drawn):
-    printed = run(drawn[0], PROMPT, "--name", "a", "--group-size", 2, fails=True)
-    assert "was drawn with other values of --prompt, --prompts, --group-size, --reward" in printed
+    with pytest.raises(ValueError, match="was drawn with other values of --prompt, --prompts, --group-size, --reward"):
+        run(drawn[0], PROMPT, "--name", "a", "--group-size", 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "nothing to do"), ([PROMPT, "--height", "60"], "60 x 60 pixels: sides must be multiples of 32"), (["--curate", "nowhere"], "there is no nowhere"),
-    ([PROMPT, "--source", "nowhere.png"], "nowhere.png")])
+    ([], "nothing to do"), ([PROMPT, "--height", "60"], "60 x 60 pixels: sides must be multiples of 32"),
+    (["--curate", "nowhere"], "there is no nowhere"), ([PROMPT, "--source", "nowhere.png"], "nowhere.png")])
 def test_bad_flags_are_clear_errors(tmp_path, arguments, message):
-    assert message in run(tmp_path, *arguments, fails=True)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path, *arguments)
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):

@@ -41,20 +41,23 @@ def test_resume_gives_the_same_bits(undisturbed, tmp_path, script):
     assert [line["step"] for line in log] == [0, 1, 2, 3] and log[-1]["reward"] == read_log(whole)[-1]["reward"]
 
 
-def test_checkpoints_resume_on_another_number_of_ranks(undisturbed, tmp_path):
-    """Two ranks, then one, then two again, against one all the way. A group is a rollout batch, so that all sample the same states."""
-    arguments, alone = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"], tmp_path / "alone"
-    alone.mkdir()
-    for step, processes in enumerate((2, 1, 2), 1):
+def test_checkpoints_resume_on_another_number_of_ranks(tmp_path):
+    """One rank, then two, then one again, against one all the way. A group is a rollout batch, so that all sample the same states."""
+    arguments, alone, mixed = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"], tmp_path / "alone", tmp_path / "mixed"
+    alone.mkdir(), mixed.mkdir()
+    for step, processes in enumerate((1, 2, 1), 1):
         resume = ["--resume"] if step > 1 else []
-        run_script(tmp_path, *arguments, "--steps", str(step), *resume, script="nft.py", processes=processes)
-    log = run_script(alone, *arguments, "--steps", "3", script="nft.py")
-    one, other = checkpoint(alone), checkpoint(tmp_path)
+        run_script(mixed, *arguments, "--steps", str(step), *resume, script="nft.py", processes=processes)
+    lines, again = run_script(alone, *arguments, "--steps", "3", script="nft.py"), read_log(mixed)
+    one, other = checkpoint(alone), checkpoint(mixed)
     for kind in ("model", "old"):
         for name, value in one[kind].items():
             assert (other[kind][name] - value).abs().max() <= 1e-5, (kind, name)  # Adam's steps are 1.6e-4
-    for line, again in zip(log, read_log(tmp_path), strict=True):
-        assert again["reward"]["aesthetic"] == pytest.approx(line["reward"]["aesthetic"], rel=5e-4)
+    assert lines[0]["grad_norm"] == again[0]["grad_norm"]  # so two ranks begin with the very weights of one
+    assert again[1]["loss"][0] == pytest.approx(lines[1]["loss"][0], rel=1e-6)
+    assert again[1]["grad_norm"][0] == pytest.approx(lines[1]["grad_norm"][0], rel=1e-5)
+    for a, b in zip(lines, again, strict=True):
+        assert b["reward"]["aesthetic"] == pytest.approx(a["reward"]["aesthetic"], rel=5e-4)
 
 
 def killed_and_resumed(folder, script, kills, seed, steps):
@@ -158,6 +161,8 @@ def test_updates_that_are_never_finite_stop_the_run(tmp_path):
     printed, failed = start_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4", code=SPOIL.format(when="> 4"))
     assert failed and "step 2: 3 updates in a row had a loss or gradient that is not finite" in printed
     assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
+    run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "3", "--lr", "1e-6", "--resume")  # as the message says
+    assert {group["lr"] for group in checkpoint(tmp_path)["optimizer"]["param_groups"]} == {1e-6}
 
 
 ALL = "1.000, 0.903, 0.795, 0.675, 0.540, 0.389, 0.217, 0.020"

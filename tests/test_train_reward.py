@@ -3,9 +3,7 @@
 import functools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ import make
 import model
 import train_reward
 import world
+from runs import printed_by, start_script
 from train_reward import Example, correlation, ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,16 +266,13 @@ train_reward.main()
 
 def run(out, *arguments, processes=1, stop=False):
     """Run train_reward.py; with `stop`, until it is killed right after its first checkpoint."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = ROOT / "train_reward.py"
-    if stop:
-        script = out.with_name("stop.py")
-        script.write_text(STOP)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, str(script), "--out", str(out), *map(str, arguments)], capture_output=True,
-                          text=True, env=environment, timeout=200)
-    assert bool(done.returncode) == stop, done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout
+    arguments = ["--out", out, *arguments]
+    if not stop:
+        return printed_by(ROOT, "train_reward.py", *arguments, processes=processes)
+    script = out.with_name("stop.py")
+    script.write_text(STOP)
+    printed, code = start_script(ROOT, *arguments, script=script, processes=processes)
+    assert code, printed[-3000:]
 
 
 def records(**changes):
