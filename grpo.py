@@ -106,7 +106,8 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (torch 2.13 or newer; "
+        "default: do not)")
     return parser.parse_args(argv)
 
 
@@ -335,9 +336,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling, then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
-            block.compile(dynamic=True)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
+            block.compile(dynamic=True, recompile_limit=64)
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
@@ -472,13 +472,14 @@ def main(argv=None):
                 leaves = [*map(detach_prefix, prefixes)]
                 for m, micro in enumerate(micro_batches):
                     x, x_next, *step_rows = rows(states, group, micro)
-                    v = guided_velocity(policy, x, step_rows[0].flatten(), *leaves, cfg=cfg)                 # (B, N, C)
                     a = advantage[group, [g for _, g in micro]].to(device)                                   # (B,)
+                    v = guided_velocity(policy, x, step_rows[0].flatten(), *leaves, cfg=cfg)                 # (B, N, C)
                     loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, *step_rows, a, args.clip_eps)
                     total += loss.detach()
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
                         loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
+                        del penalty  # its graph holds the prefix's leaves
                     ratios.append(ratio)
                     (loss * scale).backward()
                 for prefix, leaf in zip(prefixes, leaves):

@@ -225,8 +225,7 @@ class FlowTransformer(nn.Module):
             Block(dim, config["num_attention_heads"], config["mlp_ratio"], eps) for _ in range(config["num_layers"]))
         self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False)})
         self.proj_out = nn.Linear(dim, config["out_channels"], bias=False)
-        self.eps = eps
-        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.eps, self.checkpointing = eps, False  # recompute each block in the backward pass instead of keeping its activations
 
     def embed_time(self, t):
         """Sinusoid of 1000 t in fp32, cos before sin, then two layers. t (B,) fp32 -> (B, D)."""
@@ -243,11 +242,9 @@ class FlowTransformer(nn.Module):
 
     def rope(self, positions):
         """positions (..., 3) -> cos and sin (..., head_dim/2, 2) fp32: theta 10^4, axes (frame, y, x)."""
-        angles = []
-        for axis, dim in enumerate(self.config["axes_dims_rope"]):
-            exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-            angles.append(positions[..., axis, None].float() / 10000.0**exponent)
-        angles = torch.cat(angles, dim=-1)
+        dims, device = self.config["axes_dims_rope"], positions.device
+        powers = [10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim) for dim in dims]
+        angles = torch.cat([x.float()[..., None] / power for x, power in zip(positions.unbind(-1), powers)], dim=-1)
         return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
     def run_block(self, block, *args):
@@ -271,7 +268,8 @@ class FlowTransformer(nn.Module):
         embeds = torch.cat([p.embeds[~torch.tensor(p.slots, device=p.embeds.device)] for p in prompts]).to(device, dtype)
         text = self.txt_in["in_layer"](self.txt_in["text_norm"](embeds))
         text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))  # all text tokens of all prompts, (-, D)
-        real = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+        order = torch.arange(size, device=device)
+        real = order < torch.tensor(lengths, device=device)[:, None]
         h = text.new_zeros(len(prompts), size, text.shape[-1])
         h = h.index_put(((blocks < 0) & real).nonzero(as_tuple=True), text)
         latents = [source.flatten(1).T.to(device, dtype) for p in prompts for source in p.sources]
@@ -279,19 +277,16 @@ class FlowTransformer(nn.Module):
         image = self.img_in(torch.cat([none, *latents]))
         h = h.index_put((blocks >= 0).nonzero(as_tuple=True), image)  # (P, S, D)
 
-        order = torch.arange(size, device=device)
-        causal = order[:, None] >= order
         same_image = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
-        mask = (causal | same_image).unsqueeze(1)  # (P, 1, S, S)
+        mask = ((order[:, None] >= order) | same_image).unsqueeze(1)  # (P, 1, S, S)
         modulation = self.modulate(self.embed_time(torch.zeros(1, device=device)))
         rope, kv = self.rope(positions), []
         for block in self.transformer_blocks:
             h, keys_values = self.run_block(block, h, modulation, rope, None, None, mask)
             kv.append(keys_values)
 
-        height, width = grid
-        targets = torch.tensor([[(end, *yx) for yx in image_grid(height, width)] for _, _, end in layouts], device=device)
-        mask = torch.cat([real, real.new_ones(len(prompts), height * width)], dim=1)[:, None, None]
+        targets = torch.tensor([[(end, *yx) for yx in image_grid(*grid)] for _, _, end in layouts], device=device)
+        mask = torch.cat([real, real.new_ones(targets.shape[:2])], dim=1)[:, None, None]
         return Prefix(kv, self.rope(targets), mask if min(lengths) < size else None, None)
 
     def velocity(self, x, t, prefix):
@@ -299,8 +294,7 @@ class FlowTransformer(nn.Module):
         rope = select_prompts(prefix.rope, prefix.index, len(x))
         mask = None if prefix.mask is None else select_prompts(prefix.mask, prefix.index, len(x))
         time = self.embed_time(t)
-        modulation = self.modulate(time)
-        h = self.img_in(x.to(self.img_in.weight.dtype))  # (B, N, D)
+        h, modulation = self.img_in(x.to(self.img_in.weight.dtype)), self.modulate(time)  # h (B, N, D)
         for block, past in zip(self.transformer_blocks, prefix.kv):
             h, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
         h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
@@ -433,8 +427,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         base, decoder_base = config["base_dim"], config["decoder_base_dim"] or config["base_dim"]
-        mult, blocks, temporal = config["dim_mult"], config["num_res_blocks"], config["temperal_downsample"]
-        z_dim = config["z_dim"]
+        mult, blocks, temporal, z_dim = (config[key] for key in ("dim_mult", "num_res_blocks", "temperal_downsample", "z_dim"))
         self.encoder = Encoder(config["in_channels"], [base * m for m in [1] + mult], 2 * z_dim, blocks, temporal)
         self.quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
         self.post_quant_conv = nn.Conv2d(z_dim, z_dim, 1)
@@ -532,19 +525,22 @@ def load_prompts(path):
     path, requests = Path(path), []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            record = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
-            prompt, sources = record["prompt"], record.get("source", [])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            line = line.decode("utf-8-sig").strip()
+            if not line:
+                continue
+            record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
+            sources = record.get("source") or ()
+            sources = tuple(str(path.parent / source) for source in ([sources] if isinstance(sources, str) else sources))
+            request = Request(record["prompt"], record.get("category", "general"), sources, record.get("task", ""))
+            if {type(x) for x in (request.prompt, request.category, request.task)} != {str} or "sources" in record:
+                raise TypeError('"prompt", "category" and "task" are strings, source images are "source"')
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{path}:{number}: want a JSON object with "prompt" ({error!r})') from None
-        sources = tuple(str(path.parent / source) for source in ([sources] if isinstance(sources, str) else sources))
-        for source in sources:
-            if not Path(source).is_file():
-                raise FileNotFoundError(f"{path}:{number}: no source image {source}")
-        requests.append(Request(prompt, record.get("category", "general"), sources, record.get("task", "")))
+        if missing := [source for source in sources if not Path(source).is_file()]:
+            raise FileNotFoundError(f"{path}:{number}: no source image {missing[0]}")
+        requests.append(request)
     if not requests:
         raise ValueError(f"{path} holds no prompts")
     return sorted(requests, key=lambda request: request.task, reverse=True)
@@ -579,8 +575,8 @@ def fit(image, area):
     """The image resized to about `area` pixels, sides multiples of 32, as RGBA."""
     ratio = image.width / image.height
     width = math.sqrt(area * ratio)
-    size = (max(1, round(width / 32)) * 32, max(1, round(width / ratio / 32)) * 32)
-    return image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+    sides = (max(1, round(side / 32)) * 32 for side in (width, width / ratio))
+    return image.convert("RGBA").resize(tuple(sides), Image.Resampling.LANCZOS)
 
 
 def to_pixels(images):
@@ -608,15 +604,14 @@ def encode_prompts(root, vae, requests, area, device):
         without = Prompt(*encoder.encode(" ", images), latents) if images else empty
         encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
     del encoder
-    free_memory(device)
+    free_memory()
     return encoded
 
 
-def free_memory(device):
+def free_memory():
     """Give back what nothing refers to any more; transformers models are reference cycles, which only gc frees."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 # ---- 3. checkpoints ------------------------------------------------------------------------------------------
@@ -631,9 +626,7 @@ SHARD_BYTES = 5 * 10**9
 def find_model(name):
     """A local directory or a hub id -> the directory, checked to be a model of this architecture. All ranks call."""
     directory = download(name)
-    kind = read_config(directory / "model_index.json").get("_class_name")
-    if kind != "QwenImage21Pipeline":
-        raise ValueError(f"{directory / 'model_index.json'}: architecture {kind!r} is not supported, only QwenImage21Pipeline")
+    read_config(directory / "model_index.json", "QwenImage21Pipeline")
     return directory
 
 
@@ -702,9 +695,8 @@ def load_weights(module, directory, unused=None):
             raise ValueError(f"{directory}: {len(keys)} {title} tensors, among them {', '.join(sorted(keys)[:5])}")
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
-            present = set(file.keys())
             for key in sorted(key for key in found if files[key] == path):
-                if key not in present:
+                if key not in file.keys():
                     raise ValueError(f"{path}: {key} is missing, though the index says it is there")
                 rows, param = file.get_slice(key), params[key]
                 if list(rows.get_shape()) != list(param.shape):
@@ -717,15 +709,24 @@ def load_weights(module, directory, unused=None):
     return module
 
 
+def without_storage(kind, path, name, dtype):
+    """A network of the config at `path`, whose _class_name is `name`, on the meta device; what the config lacks is named."""
+    config = read_config(path, name)
+    try:
+        with torch.device("meta"):
+            return kind(config).to(dtype)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+
+
 def new_transformer(root, dtype):
     """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
     path = root / "transformer" / "config.json"
-    config = read_config(path, "QwenImage21Transformer2DModel")
+    network = without_storage(FlowTransformer, path, "QwenImage21Transformer2DModel", dtype)
     for key, value in {"patch_size": 1, "causal_condition": True}.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
-    with torch.device("meta"):
-        return FlowTransformer(config).to(dtype)
+        if network.config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {network.config[key]!r}, only {value!r} is supported")
+    return network
 
 
 def materialise(module, root, device):
@@ -734,10 +735,9 @@ def materialise(module, root, device):
 
 
 def load_vae(root, device, dtype):
-    config = read_config(root / "vae" / "config.json", "AutoencoderKLQwenImage21")
-    with torch.device("meta"):
-        vae = VAE(config).to(dtype, memory_format=torch.channels_last)  # convolutions take half the time
-    return load_weights(vae.to_empty(device=device), root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
+    vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21", dtype).to_empty(device=device)
+    vae.to(memory_format=torch.channels_last)  # in which convolutions take half the time
+    return load_weights(vae, root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
 
 
 def save_model(directory, base, transformer, guidance, trained_on):
@@ -759,9 +759,8 @@ def save_model(directory, base, transformer, guidance, trained_on):
             if path.name not in ("transformer", "model_index.json"):
                 (part / path.name).symlink_to(path.resolve())
         index = read_config(base / "model_index.json")
-        before = index.get("_sampling", {})
-        trained_on = sorted({*before.get("trained_on", ()), *trained_on})
-        index["_sampling"] = before | {"guidance_scale": guidance, "trained_on": trained_on}
+        old = index.get("_sampling", {})
+        index["_sampling"] = old | {"guidance_scale": guidance, "trained_on": sorted({*old.get("trained_on", ()), *trained_on})}
         write_text(part / "model_index.json", json.dumps(index, indent=2))
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     weights = full_weights(transformer)
@@ -803,9 +802,8 @@ def save_checkpoint(directory, step, model, optimizer, old=None):
     if dist.get_rank() == 0:
         remove(name)
         part.rename(name)
-        for path in directory.glob("step-*"):
-            if path != name:
-                remove(path)
+        for path in {*directory.glob("step-*")} - {name}:
+            remove(path)
     dist.barrier()
 
 
@@ -842,9 +840,9 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     unsupported = [flag for flag in flags if scheduler.get(flag)]
     if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
-    t = np.asarray(np.linspace(1, 1 / steps, steps) if sample_sigmas is None else sample_sigmas, np.float32)
-    if len(t) < 2:
-        raise ValueError("the sampler needs at least 2 steps")
+    t = np.asarray(np.linspace(1, 1 / max(1, steps), max(0, steps)) if sample_sigmas is None else sample_sigmas, np.float32)
+    if len(t) < 2 or not (np.diff(t) < 0).all():
+        raise ValueError("the sampler needs at least 2 steps, and sigmas that fall")
     if scheduler.get("use_dynamic_shifting"):
         low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
         slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
@@ -866,8 +864,8 @@ def sampling_settings(root, size=None, steps=None, cfg=None):
     if height % 32 or width % 32:
         raise ValueError(f"{height} x {width} pixels: sides must be multiples of 32")
     grid = height // 16, width // 16
-    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], steps or 40,
-                  None if steps else index.get("sample_sigmas"))
+    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], 40 if steps is None else steps,
+                  index.get("sample_sigmas") if steps is None else None)
     return grid, t, own.get("guidance_scale", 4.0) if cfg is None else cfg
 
 
@@ -949,7 +947,7 @@ class Sampler:
         """Give the memory of buffers and graphs back; the next call captures anew."""
         self.entries.clear()
         self.pool, self.arena = None, self.arena.new_empty(0)
-        free_memory(self.model.img_in.weight.device)
+        free_memory()
 
     @torch.no_grad()
     def __call__(self, pairs, generators, grid, t, sigma, cfg, keep=()):
@@ -1011,14 +1009,13 @@ class Sampler:
 
 def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
     """Sample images in batches, each [(step, prompt id, image number)] of `images` with its own noise. Yields (batch of the list,
-    PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller."""
+    PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller. Decoding one 1024 px image takes 3 GiB at the real size."""
     for first in range(0, len(images), batch):
         chunk = images[first:first + batch]
-        generators = [image_generator(seed, *key) for key in chunk]
         vae.to(sampler.model.img_in.weight.device)  # it waits on the host while the updates need the memory
-        x0, states = sampler([encoded[prompt] for _, prompt, _ in chunk], generators, grid, t, sigma, cfg, keep)
-        with torch.no_grad():
-            pixels = torch.cat([vae.decode(z) for z in x0.mT.unflatten(2, grid).split(4)])
+        pairs, generators = [encoded[prompt] for _, prompt, _ in chunk], [image_generator(seed, *key) for key in chunk]
+        x0, states = sampler(pairs, generators, grid, t, sigma, cfg, keep)
+        pixels = torch.cat([vae.decode(z) for z in x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // len(x0[0]))))])
         yield chunk, to_images(pixels), states
 
 
@@ -1144,8 +1141,7 @@ def question(rubric, prompt, reasoning):
 def score_text(tokenizer, rubric, prompt, images, reasoning):
     """The conversation up to the VLM's answer: pictures (sources first), then the question."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question(rubric, prompt, reasoning)}]
-    chat = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
 
 
 class VLMScorer:
@@ -1306,18 +1302,22 @@ def load_rewards(specs, root, dtype, vlms):
     if specs and specs[0].endswith(".json"):
         where, folder, table = specs[0], Path(specs[0]).parent, read_config(specs[0])
     entries, categories, rewards = table.get("rewards", {}), table.get("categories", {}), []
-    inner = {key for entry in entries.values() for key in entry} - {"weight", "source", "range", "rubric", "reasoning"}
-    unknown = inner | set(table) - {"rewards", "categories"}
-    if unknown:
-        raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
-    for label, weights in [("rewards", {n: e.get("weight", math.nan) for n, e in entries.items()}), *categories.items()]:
-        if specs and (set(weights) - set(entries) or not abs(sum(weights.values()) - 1) < 1e-6 or min(weights.values()) < 0):
-            raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
+    try:
+        inner = {key for entry in entries.values() for key in entry} - {"weight", "source", "range", "rubric", "reasoning"}
+        if unknown := inner | set(table) - {"rewards", "categories"}:
+            raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
+        for label, weights in [("rewards", {n: e.get("weight", math.nan) for n, e in entries.items()}), *categories.items()]:
+            if specs and (set(weights) - set(entries) or not abs(sum(weights.values()) - 1) < 1e-6 or min(weights.values()) < 0):
+                raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
+        spans = {n: tuple(e.get("range", (0.0, 1.0) if n == "identity" else (1.0, 5.0))) for n, e in entries.items()}
+        if not all(low < high for low, high in spans.values()):
+            raise ValueError(f"{where}: a range is two numbers, the lower first")
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f'{where}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}}}, as load_rewards says ({error})') from None
     for name, entry in entries.items():
         source, score = open_source(name, entry, folder, root, dtype, vlms)
-        span = entry.get("range", (0.0, 1.0) if name == "identity" else (1.0, 5.0))
         weights = {category: vector.get(name, 0.0) for category, vector in categories.items()}
-        rewards.append(Reward(name, entry["weight"], source, score, tuple(span), weights))
+        rewards.append(Reward(name, entry["weight"], source, score, spans[name], weights))
     return rewards
 
 
@@ -1328,7 +1328,7 @@ def open_source(name, entry, folder, root, dtype, vlms):
         return source, RemoteScorer(source, entry.get("rubric") or find_rubric(name), entry.get("reasoning", 0))
     if name == "identity":
         return source or "insightface", face_identity(load_function(folder / source) if source else insightface_embed())
-    if ".py:" in source:
+    if source.partition(":")[0].endswith(".py"):
         return source, load_function(folder / source)
     zero_shot = not source and not brought.is_dir()
     directory = root / "text_encoder" if zero_shot else brought if not source else folder / source
@@ -1360,14 +1360,14 @@ def move_judges(rewards, device):
 def find_rubric(name):
     if name in RUBRICS:
         return RUBRICS[name]
-    raise ValueError(f"--reward {name}: no such rubric; there are {', '.join(RUBRICS)}, or bring a function, a VLM or --rubric")
+    raise ValueError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, "rubric" brings one')
 
 
 def load_function(source):
     """file.py:function -> the function (images, prompts, sources) -> [float]."""
     path, _, name = str(source).rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward {source}: there is no file {path}")
+        raise FileNotFoundError(f"--reward {source}: there is no file {path}" if path else f"--reward {source}: want file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
@@ -1463,8 +1463,8 @@ def image_grid_png(path, *rows, columns=8):
             left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
             sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
-            lines = textwrap.wrap(caption, cell // 5)[:3]
-            draw.text((left, top + height + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+            caption = "\n".join(textwrap.wrap(caption, cell // 5)[:3])
+            draw.text((left, top + height + 1), caption, fill="black", font=font, spacing=1)
     sheet.save(path)
 
 

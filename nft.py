@@ -107,7 +107,8 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (torch 2.13 or newer; "
+        "default: do not)")
     return parser.parse_args(argv)
 
 
@@ -337,9 +338,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
-            block.compile(dynamic=True)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
+            block.compile(dynamic=True, recompile_limit=64)
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
@@ -481,13 +481,14 @@ def main(argv=None):
                 leaves = [*map(detach_prefix, prefixes)]
                 for m, micro in enumerate(micro_batches):
                     x, v_target, t_rows = rows(states, group, micro)
-                    v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
                     r = optimality(advantage[group, [g for _, g in micro]], args.adv_max).to(device)         # (B,)
+                    v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
                     loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
                     total += loss.detach()
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
                         loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
+                        del penalty  # its graph holds the prefix's leaves
                     shift.append((v.detach() - v_old[group, m]).pow(2).mean())
                     (loss * scale).backward()
                 for prefix, leaf in zip(prefixes, leaves):
@@ -513,7 +514,7 @@ def main(argv=None):
             norms.append(norm)
         decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
         for row, new in zip(old, own_rows(policy)):
-            row.lerp_(new.cpu(), 1 - decay)
+            row.copy_(row.to(device).lerp_(new, 1 - decay))  # on the GPU: one thread of the host takes seconds for the 7B
         cuda and torch.cuda.synchronize()
         train_seconds = time.perf_counter() - clock - waited_seconds
 

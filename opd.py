@@ -87,7 +87,8 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (torch 2.13 or newer; "
+        "default: do not)")
     return parser.parse_args(argv)
 
 
@@ -261,9 +262,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling, then teachers
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a block is compiled for prefix and targets, with and without mask and gradient
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
-            block.compile(dynamic=True)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
+            block.compile(dynamic=True, recompile_limit=64)
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     teachers = {}

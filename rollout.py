@@ -3,15 +3,16 @@
     python rollout.py "a red circle above a blue square on a white background"      # look at what a checkpoint draws
     python rollout.py --prompts prompts.jsonl --reward aesthetic alignment --name base
 
-Images, their scores and a labelled grid go to rollouts/NAME/ as they are made; the same command continues an interrupted job.
+Images and scores go to rollouts/NAME/ as they are made, a labelled grid at the end; the same command continues an interrupted job and
+tries scores that failed again.
 Everything else is a function of rollouts.jsonl, one line an image, and draws nothing:
 
     python rollout.py --curate rollouts/base --min-range 0.2 --out curated.jsonl     # prompts whose images differ (Sec. 4.2)
     python rollout.py --calibrate rollouts/base                                      # before choosing reward weights
     python rollout.py --compare base=rollouts/base rl=rollouts/rl --out compared     # Table 1 and Fig. 4
 
-An image depends on model, prompt, its place in the prompt file, seed and number alone. For one --rollout-batch that holds bit for
-bit on a CPU, for any number of images and ranks: a batch holds one prompt and is always full.
+An image depends on model, sampler, prompt and its place in the file (edits come last), seed and number alone. For one
+--rollout-batch that holds bit for bit on a CPU, for any number of images and ranks: a batch holds one prompt and is always full.
 
 Differs from the paper:
   1. The composite reward of curation is the weighted sum of the rewards, each scaled by its declared range. The paper does not
@@ -102,10 +103,11 @@ def read_records(path):
     records, lines = [], path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line) | {"folder": path.parent})
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            records += [record | {"folder": path.parent, "id": int(record["id"]), "image": int(record["image"])}]
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+                raise ValueError(f"{path}:{number}: not a line of rollout.py ({error!r})") from None
             print(f"{path}:{number}: the last line was cut off; dropped")
     return sorted(records, key=lambda record: (record["id"], record["image"]))
 
@@ -214,11 +216,12 @@ def write_curated(records, ranges, keep, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for record, scores, span, kept in zip(by_prompt(records), score_array(records, "composite"), ranges, keep):
-        line = {"prompt": record["prompt"], "category": record["category"], "range": round(span, 4), "mean": round(mean(scores), 4)}
+        line = {key: record[key] for key in ("prompt", "category", "task") if key in record}
+        line |= {"range": round(span, 4), "mean": round(mean(scores), 4)}
         if record["source"]:
             line["source"] = [os.path.relpath(record["folder"] / path, out.parent) for path in record["source"]]
         lines += [json.dumps(line)] if kept else []
-    write_text(out, "\n".join(lines))
+    out.write_text("".join(line + "\n" for line in lines))
 
 
 def histogram(values, bins=12, width=50):
@@ -256,13 +259,15 @@ def calibration_table(records):
 
 
 def check_comparable(players):
-    """{name: records} must be the same prompts, categories, seed and image numbers."""
-    meaning = lambda r: (r["id"], r["image"], r["prompt"], r["category"], r["seed"])  # noqa: E731
+    """{name: records} must be the same prompts, categories, seed and image numbers, scored by the same rewards of the same weights."""
+    keys = ("id", "image", "prompt", "category", "seed")
+    meaning = lambda r: (*(r[key] for key in keys), *r.get("rewards", ()), *r.get("weights", ()))  # noqa: E731
     base, *others = ({meaning(record) for record in records} for records in players.values())
     for name, other in zip(list(players)[1:], others):
         if base ^ other:
             raise ValueError(f"{name}: {max(len(base - other), len(other - base))} images are of other prompts, categories or seeds "
-                             f"than {next(iter(players))}'s; draw all from one prompt file with the same --seed and --group-size")
+                             f"than {next(iter(players))}'s, or scored by other rewards; draw all from one prompt file with the same "
+                             "--seed, --group-size and --reward")
 
 
 def trained_on(records):
@@ -340,9 +345,13 @@ def compare_ratings(players, reward, tie):
     if reward not in reward_names(next(iter(players.values()))):
         raise ValueError(f"--vote {reward}: these images were scored by {', '.join(reward_names(next(iter(players.values()))))}")
     votes = count_votes(np.stack([score_array(records, reward) for records in players.values()]), tie)
-    return {category: {name: {"rating": r, "interval": [a, b], "trained_on": reward in trained_on(players[name])}
-                       for name, r, a, b in zip(players, *rating_intervals(votes[rows]))}
-            for category, rows in table_rows(next(iter(players.values()))).items()}
+    found = {}
+    for category, rows in table_rows(next(iter(players.values()))).items():
+        voted = votes[rows][votes[rows].any((1, 2))]  # prompts that this reward has rated
+        if len(voted):
+            found[category] = {name: {"rating": r, "interval": [a, b], "trained_on": reward in trained_on(players[name])}
+                               for name, r, a, b in zip(players, *rating_intervals(voted))}
+    return found
 
 
 def comparison_text(players, means, elo, vote, tie):
@@ -407,7 +416,7 @@ def gather(folder):
     records = [records[key] for key in sorted(records)]
     if parts:
         lines = [json.dumps({key: value for key, value in record.items() if key != "folder"}) for record in records]
-        write_text(folder / "rollouts.jsonl.part", "\n".join(lines))
+        (folder / "rollouts.jsonl.part").write_text("".join(line + "\n" for line in lines))
         os.replace(folder / "rollouts.jsonl.part", folder / "rollouts.jsonl")
         for path in parts:
             path.unlink()
@@ -417,10 +426,11 @@ def gather(folder):
 def new_record(request, i, g, seed, folder, rewards, scored, trained):
     """One line of rollouts.jsonl; `scored` holds (score, why) of every reward."""
     scores = {reward.name: score for reward, (score, _) in zip(rewards, scored)}
-    record = {"id": i, "prompt": request.prompt, "category": request.category, "image": g, "seed": seed,
+    record = {"id": i, "prompt": request.prompt, "category": request.category, "task": request.task, "image": g, "seed": seed,
               "file": f"images/{i:06d}-{g:02d}.png", "source": [os.path.relpath(path, folder) for path in request.sources]}
     if rewards:
         record |= {"rewards": {name: score if math.isfinite(score) else None for name, score in scores.items()},
+                   "weights": [reward.weigh(request) for reward in rewards],
                    "undefined": [name for name, score in scores.items() if score == UNDEFINED],
                    "failed": [why for _, why in scored if why], "composite": composite(scores, rewards, request.category),
                    "trained_on": trained}
@@ -436,8 +446,19 @@ def draw(args):
     requests = load_prompts(args.prompts) if args.prompts else []
     requests += [Request(prompt, sources=tuple(args.source)) for prompt in args.prompt]
     G, batch = args.group_size, args.rollout_batch or min(8, args.group_size)
+    if min(G, batch) < 1:
+        raise ValueError(f"--group-size {G}, --rollout-batch {batch}: at least 1")
+    if args.source and not args.prompt:
+        raise ValueError("--source goes with a PROMPT, written before the flags")
+    for path in args.source:
+        Image.open(path).close()
+    rewards = load_rewards(args.reward, root, dtype, {})
     folder = open_folder(args, rank)
-    done = {(r["id"], r["image"]) for r in read_records(folder)} if (folder / "rollouts.jsonl").exists() else set()
+    before = read_records(folder) if (folder / "rollouts.jsonl").exists() else []
+    for record in before:
+        if record["id"] >= len(requests) or requests[record["id"]].prompt != record["prompt"]:
+            raise ValueError(f"{folder}: prompt {record['id']} was {record['prompt']!r} when it was drawn; choose another --name")
+    done = {(record["id"], record["image"]) for record in before if not record.get("failed")}  # failed scores are tried again
     todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
     if rank == 0:
         print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, guidance {cfg:g}"
@@ -447,7 +468,6 @@ def draw(args):
     encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, 256 * grid[0] * grid[1], device)
     network = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
     sampler, config = Sampler(network, cuda if args.graph is None else args.graph), network.config
-    rewards = load_rewards(args.reward, root, dtype, {}) if args.reward else []
     move_judges(rewards, device)
     pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device)) for _ in rewards]
     trained = read_config(root / "model_index.json").get("_sampling", {}).get("trained_on", [])
@@ -509,7 +529,7 @@ def main(argv=None):
     if args.prompt or args.prompts:
         draw(args)
     elif not (args.curate or args.calibrate or args.compare):
-        raise ValueError("nothing to do: give a prompt, --prompts FILE, --curate, --calibrate or --compare")
+        raise ValueError("nothing to do: give a PROMPT (before the flags), --prompts FILE, --curate, --calibrate or --compare")
     if args.curate:
         records, out = read_all(args.curate), Path(args.out or "curated.jsonl")
         ranges, keep = curate(records, args.min_range, args.quantile)
@@ -520,7 +540,10 @@ def main(argv=None):
     if args.calibrate:
         print(calibration_table(read_all(args.calibrate)))
     if args.compare:
-        players = {name: read_records(path) for name, _, path in (spec.partition("=") for spec in args.compare)}
+        names = [spec.partition("=")[0] for spec in args.compare]
+        if not all("=" in spec for spec in args.compare) or len(set(names)) < len(names):
+            raise ValueError(f"--compare {' '.join(args.compare)}: want NAME=DIR with different names")
+        players = {name: read_records(spec.partition("=")[2]) for name, spec in zip(names, args.compare)}
         compare(players, args.vote, args.tie, Path(args.out or "compared"))
 
 

@@ -138,6 +138,9 @@ def read_record(record, folder, reward, notes):
     for picture in pictures:
         if not picture.is_file():
             raise FileNotFoundError(f"no picture {picture}")
+        Image.open(picture).close()  # a file that is none is found now, not in the middle of training
+    if not isinstance(record["prompt"], str) or not isinstance(record.get("reasoning") or "", str):
+        raise TypeError("prompt and reasoning are strings")
     if len(outputs) == 2:
         attributes = record.get("attributes") or {}
         if set(attributes) - set(ATTRIBUTES):
@@ -146,6 +149,8 @@ def read_record(record, folder, reward, notes):
             notes["invalid pairs dropped"] += 1
             return None
         notes.update(f"pairs with {name}".replace("_", " ") for name in ATTRIBUTES[1:] if attributes.get(name))
+        if record.get("reasoning"):
+            raise ValueError("a pair has no reasoning; only scored pictures do")
         return tuple(Example(record["prompt"], [*before, picture], reward) for picture in pictures[-2:])
     score = record["score"]
     scores = [float(value) for value in (score.values() if isinstance(score, dict) else [score])]
@@ -287,15 +292,24 @@ def statistics(rows, scores, masses):
     return table | {key: None if value is None or math.isnan(value) else value for key, value in figures.items()}
 
 
-def open_part(out, resume):
-    """DIR.part, where everything is written until it is complete. Nothing is overwritten."""
+def open_part(args, out, rank):
+    """DIR.part, where everything is written until it is complete, with args.json, which --resume must match. Nothing is overwritten."""
     part = out.with_name(out.name + ".part")
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out")
-    if part.exists() and not resume:
+    if part.exists() and not args.resume:
         raise FileExistsError(f"{part} is left from an interrupted run; continue it with --resume, or remove it")
+    if args.resume:
+        if not (part / "args.json").exists():
+            raise FileNotFoundError(f"--resume: there is no {part} to continue")
+        before, free = read_config(part / "args.json"), ("resume", "save_every", "eval_data", "micro_batch", "checkpointing", "out")
+        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        if changed:
+            raise ValueError(f"--resume: {part} was started with other values of {', '.join(changed)}")
     dist.barrier()  # every rank has looked before rank 0 creates it
     part.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write_text(part / "args.json", json.dumps(vars(args), indent=2))
     return part
 
 
@@ -332,7 +346,7 @@ def main(argv=None):
     card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
     # ---- 7. model --------------------------------------------------------------------------------------------
-    part = open_part(out, args.resume)
+    part = open_part(args, out, rank)
     vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)  # every rank holds all of it until it is sharded
     if cuda if args.checkpointing is None else args.checkpointing:
         vlm.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -373,7 +387,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         running = total if running is None else 0.95 * running + 0.05 * total
         bar.set_postfix(loss=f"{running:.3f}")
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
     if rank == 0 and rated:
         seconds = time.perf_counter() - began

@@ -222,7 +222,7 @@ def test_find_model_returns_the_directory(root):
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", None])
 def test_find_model_refuses_other_architectures(root, kind):
     write_json(root / "model_index.json", {"_class_name": kind})
-    with pytest.raises(ValueError, match=f"model_index.json.*{kind}.*only QwenImage21Pipeline"):
+    with pytest.raises(ValueError, match=f"model_index.json.*{kind}.*expected 'QwenImage21Pipeline'"):
         model.find_model(root)
 
 
@@ -265,3 +265,31 @@ def test_refuses_a_config_that_is_not_json(root, name, read, text):
     with pytest.raises(ValueError, match="not JSON") as error:
         read(root)
     assert str(root / name) in str(error.value)
+
+
+# Prompt files
+
+
+@pytest.mark.parametrize("line", [
+    '"a"', "{}", '{"prompt": null}', '{"prompt": "a", "source": 5}', '{"prompt": "a", "category": ["b"]}', '{"prompt": "a", "task": 3}',
+    '{"prompt": "a", "sources": ["x.png"]}', "{", '{"prompt": "\udce9"}'])
+def test_a_bad_line_of_a_prompt_file_is_named(tmp_path, line):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(ValueError, match="p.jsonl:3: want a JSON object"):
+        model.load_prompts(tmp_path / "p.jsonl")
+
+
+def test_prompt_files_may_begin_with_a_mark_and_hold_null_sources(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\r\na blue \u00e9toile\r\n".encode())
+    assert [request.prompt for request in model.load_prompts(tmp_path / "p.txt")] == ["a red circle", "a blue \u00e9toile"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "source": null, "task": "poster"}\n')
+    assert model.load_prompts(tmp_path / "p.jsonl") == [model.Request("a", task="poster")]
+
+
+@pytest.mark.parametrize("part, key", [("transformer", "mlp_ratio"), ("vae", "dim_mult")])
+def test_a_config_that_lacks_a_key_is_named(root, part, key):
+    config = json.loads((root / part / "config.json").read_text())
+    del config[key]
+    write_json(root / part / "config.json", config)
+    with pytest.raises(ValueError, match=f"{part}/config.json: '{key}' is missing"):
+        model.new_transformer(root, torch.float32) if part == "transformer" else model.load_vae(root, "cpu", torch.float32)

@@ -42,7 +42,7 @@ def test_gradient_of_rows_is_that_of_one_joint_loss():
 
 
 def test_a_student_that_is_its_teacher_stays_put(tmp_path):
-    """Without guidance the loss is exactly 0, and weight decay is off: nothing moves. Without judges pictures are left, but no table."""
+    """Unguided, the loss is exactly 0, and weight decay is off: nothing moves. Without judges there are pictures, but no table."""
     (tmp_path / "few.jsonl").write_text("".join((ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines(keepends=True)[:3]))
     arguments = [*SMALL, "--teacher-cfg", "1", "--steps", "1", "--eval-prompts", "few.jsonl", "--eval-images", "6"]
     (line,) = run_script(tmp_path, *TEACHERS, *arguments, script="opd.py")

@@ -444,11 +444,16 @@ ONE = {"a": SOURCE | {"weight": 1}}
     ({"rewards": ONE, "categories": {"portrait": {"b": 1}}}, "rewards.json: portrait: {'b': 1} must be weights of a "),
     ({"rewards": {"a": ONE["a"] | {"rang": [0, 1]}}}, "rewards.json: unknown key rang"),
     ({"rewards": {"beauty": {"weight": 1}}}, "beauty: no such rubric"),
+    ({"rewards": {"a": 1}}, "rewards.json: want "), ({"rewards": [1]}, "rewards.json: want "),
+    ({"rewards": {"a": ONE["a"] | {"weight": "1"}}}, "rewards.json: want "), ({"rewards": ONE, "categories": [1]}, "rewards.json: want "),
+    ({"rewards": {"a": ONE["a"] | {"range": 5}}}, "rewards.json: want "),
+    ({"rewards": {"a": ONE["a"] | {"range": [5, 1]}}}, "rewards.json: a range is two numbers"),
+    ({"rewards": {"a": {"weight": 1, "source": "mine.py"}}}, "want file.py:function"),
     ({}, "rewards.json: rewards: "), ("{", "rewards.json: not JSON"), ("[]", "not a JSON object"),
     ({"rewards": ONE, "category": {"portrait": {"a": 1}}}, "rewards.json: unknown key category"),
     ({"rewards": ONE | {"b": SOURCE}}, "rewards.json: rewards: .*'b': nan.* that sum to 1")])
 def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load(tmp_path / "rewards.json", table)
 
 

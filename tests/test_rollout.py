@@ -124,16 +124,38 @@ def test_a_name_is_not_reused_for_other_arguments(drawn):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "nothing to do"), ([PROMPT, "--height", "60"], "60 x 60 pixels: sides must be multiples of 32"),
-    (["--curate", "nowhere"], "there is no nowhere"), ([PROMPT, "--source", "nowhere.png"], "nowhere.png")])
+    (["--curate", "nowhere"], "there is no nowhere"), ([PROMPT, "--source", "nowhere.png"], "nowhere.png"),
+    ([PROMPT, "--group-size", "0"], "--group-size 0"), ([PROMPT, "--sampler-steps", "0"], "at least 2 steps"),
+    (["--prompts", ROOT / "tests/tiny/heldout.jsonl", "--source", "x.png"], "--source goes with a PROMPT"),
+    (["--compare", "a=x", "a=y"], "want NAME=DIR with different names"), (["--compare", "x"], "want NAME=DIR")])
 def test_bad_flags_are_clear_errors(tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(tmp_path, *arguments)
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "rollouts.jsonl").write_text('{"id": 0\n{"id": 0, "image": 0}\n')
-    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: not JSON"):
+@pytest.mark.parametrize("line", ['{"id": 0', "5", '{"id": 0}', ""])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
+    (tmp_path / "rollouts.jsonl").write_text(line + '\n{"id": 0, "image": 0}\n')
+    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: not a line of rollout.py"):
         rollout.read_records(tmp_path)
+
+
+def test_what_failed_is_tried_again_and_other_prompts_are_refused(tmp_path):
+    """A wrong flag, a reward that fails, the same command with the reward repaired; then an edited prompt file."""
+    (tmp_path / "reward.py").write_text("def score(images, prompts, sources):\n    raise OSError('down')\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT, "task": "poster"}) + "\n")
+    arguments = ["--prompts", "prompts.jsonl", "--group-size", 2, "--name", "a", "--reward"]
+    with pytest.raises(FileNotFoundError, match="no file missing.py"):
+        run(tmp_path, *arguments, "r=missing.py:score")
+    assert "2 scores failed" in run(tmp_path, *arguments, "r=reward.py:score")
+    (tmp_path / "reward.py").write_text("def score(images, prompts, sources):\n    return [3.0] * len(images)\n")
+    printed = run(tmp_path, *arguments, "r=reward.py:score")
+    assert "failed" not in printed and "| r | 2/2 | 3.000 |" in printed
+    run(tmp_path, "--curate", "rollouts/a", "--min-range", -1)
+    assert [request.task for request in model.load_prompts(tmp_path / "curated.jsonl")] == ["poster"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": LETTER}) + "\n")
+    with pytest.raises(ValueError, match="prompt 0 was 'a red circle"):
+        run(tmp_path, *arguments, "r=reward.py:score")
 
 
 def test_composite_drops_what_is_undefined_and_refuses_what_failed():
@@ -269,6 +291,21 @@ def test_a_reward_that_never_applies_is_left_open():
     assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": [None, None], "trained_on": False}
     text = rollout.comparison_text(players, means, rollout.compare_ratings(players, "r", 0.02), "r", 0.02)
     assert "| all | s | - | - (- [-, -]) |" in text and json.loads(json.dumps(means, allow_nan=False)) == means
+
+
+def test_votes_of_a_reward_that_some_categories_never_ask():
+    scores = {"r": np.ones((4, 2)), "s": np.full((4, 2), np.nan)}
+    players = {"base": records(scores, ("x", "y")), "rl": records(scores, ("x", "y"))}
+    for part, value in (("base", 1.0), ("rl", 2.0)):
+        for record in players[part]:
+            record["rewards"]["s"] = value if record["category"] == "y" else None
+    assert set(rollout.compare_ratings(players, "s", 0.02)) == {"all", "y"}
+
+
+def test_other_rewards_are_not_compared():
+    a, b = records({"r": np.ones((3, 2))}), records({"r": np.ones((3, 2)), "s": np.ones((3, 2))})
+    with pytest.raises(ValueError, match="rl: 6 images are of other prompts, categories or seeds than base's, or scored by other"):
+        rollout.check_comparable({"base": a, "rl": b})
 
 
 def test_other_prompts_or_seeds_are_not_compared():

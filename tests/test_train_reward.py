@@ -141,7 +141,8 @@ def test_pairs_are_chosen_first_and_their_attributes_count(tmp_path):
     (SCORED | {"image": "none.png"}, "no picture .*none.png"), (SCORED | {"source": "none.png"}, "no picture .*none.png"),
     (SCORED | {"score": 7}, "score 7 is not between 1 and 5"), (SCORED | {"score": 0.5}, "score 0.5 is not"),
     (SCORED | {"score": math.nan}, "score nan is not"), (SCORED | {"score": "good"}, "could not convert"),
-    (SCORED | {"score": {"quality": None}}, "want "),
+    (SCORED | {"score": {"quality": None}}, "want "), (SCORED | {"image": "data.jsonl"}, "cannot identify image file"),
+    (SCORED | {"prompt": 5}, "want .*prompt and reasoning are strings"), (PAIR | {"reasoning": "so"}, "a pair has no reasoning"),
     (PAIR | {"attributes": {"ugly": True}}, "attributes are valid, text_distortion, figure_distortion")])
 def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=f"data.jsonl:2: {message}"):
@@ -378,6 +379,10 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
         assert one.keys() == two.keys() and len(one) >= len(base)
         one, two = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (one, two))
         assert (one - two).norm() <= bar * one.norm()
+    with pytest.raises(ValueError, match="was started with other values of --lr"):
+        run(tmp_path / "1", *arguments, "--resume", "--lr", 9)
+    with pytest.raises(FileNotFoundError, match="--resume: there is no .*nothing.part"):
+        run(tmp_path / "nothing", *arguments, "--resume")
     run(tmp_path / "1", *arguments, "--resume")
     run(tmp_path / "whole", *arguments)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "1"))
