@@ -1,4 +1,4 @@
-"""Make the README's numbers and pictures; every part prints its table and writes its pictures into assets/.
+"""Make the README's numbers and pictures; every part prints its table and writes its pictures, if it has any, into assets/.
 
     python tests/reproduce.py first          # the first command in three seeds: 12 minutes on two cores
     python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
@@ -7,7 +7,7 @@
     python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both tasks: an hour
     python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: an hour
 
-Trainings run side by side, one for every core.
+Trainings of strategies, opd and the several rewards of nft run side by side, one for every core.
 """
 
 import argparse

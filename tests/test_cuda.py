@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model
+from runs import ORACLE, SMALL, run_script
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
@@ -60,3 +61,9 @@ def test_a_thread_may_use_the_gpu_while_a_graph_is_captured(network):
         thread.join()
     eager = [sample(model.Sampler(network, graphs=False), length) for length in range(4, 12)]
     assert not failed and all(map(torch.equal, images, eager))
+
+
+@pytest.mark.parametrize("flags, bar", [([], 0.0), (["--compile"], 1e-2)])
+def test_the_first_ratio_of_a_training_step(tmp_path, flags, bar):
+    (line,) = run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, *flags)
+    assert line["ratio_dev"][0] <= bar and line["skipped_updates"] == 0 and line["failed"] == 0
