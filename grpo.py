@@ -17,8 +17,8 @@ Differs from the paper:
   3. Hybrid CFG (Sec. 4.1) leaves the old log-prob open. Here it is that of the unguided policy at the sampled states, so
      the ratio is exactly 1 before the first update.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
-  5. The paper gives no noise level, learning rate or number of trained steps. At Flow-GRPO's level of 0.7 the initial
-     noise, which is not trained, decides half as much of a reward as the trained steps do, at 1.2 hardly anything.
+  5. The paper gives no noise level, learning rate or number of trained steps. Flow-GRPO's level is 0.7; at 1.2 the trained
+     steps decide more of a picture, and the initial noise, which is not trained, less.
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
      no rule. Groups wait for their own scores, the first update for all.
@@ -336,12 +336,12 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling, then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
-            block.compile(dynamic=True, recompile_limit=64)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
+            block.compile(dynamic=True, recompile_limit=64)  # prefix and targets, with and without mask and gradient: more than 8
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
-    # eps: a loss that is a mean over dimensions has small gradients
+    # eps is small because gradients are: the loss is a mean over dimensions
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another

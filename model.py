@@ -1310,7 +1310,7 @@ def load_rewards(specs, root, dtype, vlms):
             if specs and (set(weights) - set(entries) or not abs(sum(weights.values()) - 1) < 1e-6 or min(weights.values()) < 0):
                 raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
         spans = {n: tuple(e.get("range", (0.0, 1.0) if n == "identity" else (1.0, 5.0))) for n, e in entries.items()}
-        if not all(low < high for low, high in spans.values()):
+        if not all(len(span) == 2 and span[0] < span[1] for span in spans.values()):
             raise ValueError(f"{where}: a range is two numbers, the lower first")
     except (TypeError, AttributeError) as error:
         raise ValueError(f'{where}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}}}, as load_rewards says ({error})') from None

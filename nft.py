@@ -338,12 +338,12 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
-            block.compile(dynamic=True, recompile_limit=64)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
+            block.compile(dynamic=True, recompile_limit=64)  # prefix and targets, with and without mask and gradient: more than 8
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
-    # eps: a loss that is a mean over dimensions has small gradients
+    # eps is small because gradients are: the loss is a mean over dimensions
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0

@@ -7,8 +7,8 @@ error bounds the Wasserstein distance between the images of the two (Eq. 17), wh
     python opd.py --teacher t2i=runs/T2I/model edit=runs/EDIT/model              # tiny model, CPU, about 5 minutes
     torchrun --nproc_per_node=8 opd.py --model Qwen/Qwen-Image-2.1 --teacher t2i=DIR edit=DIR --prompts mixed.jsonl
 
-The run ends with a table: held-out prompts, same seeds, the guided base before, the unguided student after. Everything it leaves
-is in runs/NAME/.
+The run ends with pictures and, with --judge, a table: held-out prompts, same seeds, the guided base before, the unguided student
+after. Everything it leaves is in runs/NAME/.
 
 Differs from the paper:
   1. Eq. 14 sums n = 1 .. N, which has no velocity at t_N and leaves t_0 = 1 out. Here it is the states t_0 .. t_{N-1} at which the
@@ -262,8 +262,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling, then teachers
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):  # for prefix and targets, with and without gradient ...
-            block.compile(dynamic=True, recompile_limit=64)
+        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
+            block.compile(dynamic=True, recompile_limit=64)  # prefix and targets, with and without mask and gradient: more than 8
     policy = materialise(shard(policy, device), root, device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     teachers = {}
@@ -273,7 +273,7 @@ def main(argv=None):
         teacher_rows = park(own_rows(load_weights(policy, teacher / "transformer")), dtype)
         teachers[task] = Teacher(teacher_rows, guidance, own.get("trained_on", []))
     load_weights(policy, root / "transformer")
-    # eps: a loss that is a mean over dimensions has small gradients
+    # eps is small because gradients are: the loss is a mean over dimensions
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
