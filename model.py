@@ -6,7 +6,8 @@
   4. flow maths    schedule, noise, Eq. 5 step, log-prob, guidance; the sampler and its CUDA graph
   5. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
   6. sharding      process group, FSDP2, the slot
-  7. pictures      image grids, the line chart
+  7. memory        what a step takes, and what there is room for
+  8. pictures      image grids, the line chart
 
 Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
 weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
@@ -18,17 +19,22 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sharing the tiny model's operators costs more than it gains
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+# without expandable segments phases of different sizes fragment a GPU's memory to twice what they use
 
 import base64
+import contextlib
 import gc
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import math
 import random
 import re
 import shutil
+import socket
 import sys
 import textwrap
 import threading
@@ -51,10 +57,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +91,7 @@ class Prompt:
 class Prefix(NamedTuple):
     """What targets need to know of their prompts; computed once, valid for every timestep and every image.
 
-    kv     one (k, v) per block, each (P, H, S, head_dim)
+    kv     one (k, v) per block, each (P, H, S, head_dim); prompts are padded on the right to the longest
     rope   (P, N, head_dim/2, 2) fp32, cos and sin of the target tokens
     mask   (P, 1, 1, S+N) bool, True where a target may look; None when no prompt is padded
     index  (B,) the prompt of each image; None when there is one prompt, or exactly one per image
@@ -94,29 +103,58 @@ class Prefix(NamedTuple):
     index: torch.Tensor | None
 
 
-def prefix_layout(prompt):
-    """Interleave text tokens and source-image blocks. Returns positions [(frame, y, x)], blocks [id], next position.
+class Layout(NamedTuple):
+    """Where the tokens of a prompt's prefix stand.
 
-    Text advances one position shared by the three axes; an image block freezes the frame axis at the position
-    reached, lays its tokens on a grid centred on zero and then advances the position by its longer side.
-    `blocks` holds -1 for text and the number of the image otherwise.
+    positions  S (frame, y, x)
+    segments   [(first, last, is_image)]: the runs of text and the source images, in order, that make up the S tokens
+    end        the position after the last token
     """
-    positions, blocks, position, token = [], [], 0, 0
-    images = iter(enumerate(prompt.sources))
+
+    positions: list
+    segments: list
+    end: int
+
+
+def prefix_layout(prompt):
+    """Interleave text tokens and source images.
+
+    Text advances one position shared by the three axes; an image freezes the frame axis at the position reached, lays
+    its tokens on a grid centred on zero and then advances the position by its longer side.
+    """
+    positions, segments, position, token = [], [], 0, 0
+    images = iter(prompt.sources)
     while token < len(prompt.slots):
-        if not prompt.slots[token]:
-            positions.append((position, position, position))
-            blocks.append(-1)
-            position, token = position + 1, token + 1
-            continue
-        number, latents = next(images, (None, None))
-        if latents is None:
-            raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source images")
-        height, width = latents.shape[-2:]
-        positions += [(position, *yx) for yx in image_grid(height, width)]
-        blocks += [number] * (height * width)
-        position, token = position + max(height, width), token + height * width // 4
-    return positions, blocks, position
+        first, is_image = len(positions), prompt.slots[token]
+        if is_image:
+            latents = next(images, None)
+            if latents is None:
+                raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source images")
+            height, width = latents.shape[-2:]
+            positions += [(position, *yx) for yx in image_grid(height, width)]
+            position, token = position + max(height, width), token + height * width // 4
+        else:
+            while token < len(prompt.slots) and not prompt.slots[token]:
+                positions.append((position, position, position))
+                position, token = position + 1, token + 1
+        segments.append((first, len(positions), is_image))
+    return Layout(positions, segments, position)
+
+
+def image_layout(prompt):
+    """What prompts must share to be computed as one batch: all segments, but for the length of a last one of text."""
+    *segments, (first, last, is_image) = prefix_layout(prompt).segments
+    return (*segments, (first, last if is_image else None, is_image))
+
+
+def prefix_tokens(prompt):
+    """Tokens of a prompt's prefix; a slot stands for 2x2 latents of a source image."""
+    return len(prompt.slots) + 3 * sum(prompt.slots)
+
+
+def longest_prefix(encoded, branches):
+    """Most prefix tokens of any of {id: (Prompt, Prompt without the text)}; branches: 1 counts the first alone, 2 both."""
+    return max(sum(map(prefix_tokens, pair[:branches])) for pair in encoded.values())
 
 
 def image_grid(height, width):
@@ -141,17 +179,38 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim // heads, eps=eps), nn.RMSNorm(dim // heads, eps=eps)
 
-    def forward(self, x, rope, past, index, mask):
+    def forward(self, x, rope, past, index, mask, segments):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)  # (B, T, H, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
         if past is None:  # the prefix stream keeps its keys and values for the targets
-            keep = k, v = k.contiguous(), v.contiguous()
-        else:
-            k, v = (torch.cat([select_prompts(old, index, len(x)).to(new.dtype), new], dim=2) for old, new in zip(past, (k, v)))
-            keep = None  # k, v (B, H, S+N, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2)), keep
+            k, v = k.contiguous(), v.contiguous()
+            return self.project(block_causal_attention(q, k, v, segments)), (k, v)
+        past_k, past_v = past
+        k = torch.cat([select_prompts(past_k, index, len(x)).to(k.dtype), k], dim=2)  # (B, H, S+N, head_dim)
+        v = torch.cat([select_prompts(past_v, index, len(x)).to(v.dtype), v], dim=2)
+        return self.project(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), None
+
+    def project(self, out):
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def block_causal_attention(q, k, v, segments):
+    """Text is causal, an image sees all of itself, and both see what precedes them; q, k, v (B, H, S, head_dim).
+
+    Segment by segment, so that no (S, S) mask exists and an image, where the work is, takes the fastest kernel.
+    """
+    parts = []
+    for first, last, is_image in segments:
+        query, keys, values = q[:, :, first:last], k[:, :, :last], v[:, :, :last]
+        if is_image:
+            parts.append(F.scaled_dot_product_attention(query, keys, values))
+        elif first == 0:
+            parts.append(F.scaled_dot_product_attention(query, keys, values, is_causal=True))
+        else:  # is_causal would align the two sequences at their beginnings
+            mask = torch.ones(last - first, last, dtype=torch.bool, device=q.device).tril(first)
+            parts.append(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask))
+    return torch.cat(parts, dim=2)
 
 
 def select_prompts(x, index, batch):
@@ -179,10 +238,10 @@ class Block(nn.Module):
         self.img_mlp = SwiGLU(dim, dim * mlp_ratio)
         self.eps = eps
 
-    def forward(self, h, modulation, rope, past=None, index=None, mask=None):
+    def forward(self, h, modulation, rope, past=None, index=None, mask=None, segments=()):
         scale1, gate1, scale2, gate2 = modulation  # (B|1, 1, D) each
         x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale1)
-        x, kv = self.attn(x, rope, past, index, mask)
+        x, kv = self.attn(x, rope, past, index, mask, segments)
         h = h + gate1 * x
         x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale2)
         return h + gate2 * self.img_mlp(x), kv
@@ -252,42 +311,57 @@ class FlowTransformer(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
 
-    def prefix(self, prompts, grid):
-        """Keys and values of P prompts, for targets of grid = (h, w) latents.
+    def prefix(self, prompts, grid, into=None):
+        """Keys and values of P prompts, for targets of grid = (h, w) latents. Returns a Prefix.
 
-        Prompts are padded on the right to the longest, S tokens; the causal mask hides padding from every real
-        token and positions are per prompt, so a prompt does not depend on its neighbours. Returns a Prefix.
+        Prompts of a batch share their image layout and are padded on the right to the longest, S tokens; no real token
+        sees padding and positions are per prompt, so a prompt does not depend on its neighbours. `into`: one (k, v) per
+        block to write them to, block by block; else they are new.
         """
         device, dtype = self.img_in.weight.device, self.img_in.weight.dtype
         layouts = [prefix_layout(prompt) for prompt in prompts]
-        lengths = [len(blocks) for _, blocks, _ in layouts]
+        if len({image_layout(prompt) for prompt in prompts}) > 1:
+            raise ValueError("prompts of a batch must have source images of the same sizes at the same places")
+        lengths = [len(layout.positions) for layout in layouts]
         size = max(lengths)
-        positions = torch.tensor([p + [(0, 0, 0)] * (size - len(p)) for p, _, _ in layouts], device=device)
-        blocks = torch.tensor([b + [-1] * (size - len(b)) for _, b, _ in layouts], device=device)  # (P, S)
+        *segments, (first, _, is_image) = layouts[0].segments
+        segments = (*segments, (first, size, is_image))
+        positions = [layout.positions + [(0, 0, 0)] * (size - length) for layout, length in zip(layouts, lengths)]
+        rope = self.rope(torch.tensor(positions, device=device))
 
-        embeds = torch.cat([p.embeds[~torch.tensor(p.slots, device=p.embeds.device)] for p in prompts]).to(device, dtype)
-        text = self.txt_in["in_layer"](self.txt_in["text_norm"](embeds))
-        text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))  # all text tokens of all prompts, (-, D)
-        order = torch.arange(size, device=device)
-        real = order < torch.tensor(lengths, device=device)[:, None]
-        h = text.new_zeros(len(prompts), size, text.shape[-1])
-        h = h.index_put(((blocks < 0) & real).nonzero(as_tuple=True), text)
-        latents = [source.flatten(1).T.to(device, dtype) for p in prompts for source in p.sources]
-        none = text.new_empty(0, self.config["in_channels"])  # keeps img_in in every graph: all ranks must reduce the same gradients
-        image = self.img_in(torch.cat([none, *latents]))
-        h = h.index_put((blocks >= 0).nonzero(as_tuple=True), image)  # (P, S, D)
-
-        same_image = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
-        mask = ((order[:, None] >= order) | same_image).unsqueeze(1)  # (P, 1, S, S)
-        modulation = self.modulate(self.embed_time(torch.zeros(1, device=device)))
-        rope, kv = self.rope(positions), []
-        for block in self.transformer_blocks:
-            h, keys_values = self.run_block(block, h, modulation, rope, None, None, mask)
+        h = pad_sequence(self.embed_prompts(prompts, layouts, device, dtype), batch_first=True)  # (P, S, D)
+        modulation, kv = self.modulate(self.embed_time(torch.zeros(1, device=device))), []
+        for i, block in enumerate(self.transformer_blocks):
+            h, keys_values = self.run_block(block, h, modulation, rope, None, None, None, segments)
+            if into is not None:
+                for buffer, new in zip(into[i], keys_values):
+                    buffer.copy_(new)
+                keys_values = into[i]
             kv.append(keys_values)
 
-        targets = torch.tensor([[(end, *yx) for yx in image_grid(*grid)] for _, _, end in layouts], device=device)
-        mask = torch.cat([real, real.new_ones(targets.shape[:2])], dim=1)[:, None, None]
-        return Prefix(kv, self.rope(targets), mask if min(lengths) < size else None, None)
+        targets = torch.tensor([[(layout.end, *yx) for yx in image_grid(*grid)] for layout in layouts], device=device)
+        mask = None
+        if min(lengths) < size:
+            real = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+            mask = torch.cat([real, real.new_ones(targets.shape[:2])], dim=1)[:, None, None]
+        return Prefix(kv, self.rope(targets), mask, None)
+
+    def embed_prompts(self, prompts, layouts, device, dtype):
+        """What enters the first block, per prompt (S, D): text and source images in their order."""
+        embeds = [prompt.embeds[~torch.tensor(prompt.slots, device=prompt.embeds.device)] for prompt in prompts]
+        text = self.txt_in["in_layer"](self.txt_in["text_norm"](torch.cat(embeds).to(device, dtype)))
+        text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))  # all text tokens of all prompts, (-, D)
+        latents = [source.flatten(1).T.to(device, dtype) for prompt in prompts for source in prompt.sources]
+        image = self.img_in(torch.cat([text.new_empty(0, self.config["in_channels"]), *latents]))  # of all images, (-, D)
+        found, used = [], {False: 0, True: 0}
+        for layout in layouts:
+            parts = [image[:0]]  # keeps img_in in every graph: all ranks must reduce the same gradients
+            for first, last, is_image in layout.segments:
+                start = used[is_image]
+                parts.append((image if is_image else text)[start:start + last - first])
+                used[is_image] += last - first
+            found.append(torch.cat(parts))
+        return found
 
     def velocity(self, x, t, prefix):
         """Velocity of the target tokens, without guidance. x (B, N, C) fp32, t (B,) fp32 -> (B, N, C) fp32."""
@@ -299,6 +373,10 @@ class FlowTransformer(nn.Module):
             h, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
         h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
         return self.proj_out(h).float()
+
+    def anchor(self):
+        """Zero, with a graph: its backward pass changes no gradient, but lets FSDP reduce those that are there."""
+        return 0 * self.img_in.weight.sum()
 
 
 class ChannelNorm(nn.Module):
@@ -467,9 +545,10 @@ class Processor:
     """Tokenizer and image processor of a Qwen-VL directory, without the stock class, whose video part needs torchvision."""
 
     def __init__(self, directory):
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the public name wants torchvision before 5.19
         self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-        self.image_processor = AutoImageProcessor.from_pretrained(directory)
+        self.image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")  # the same pixels with torchvision or not
         self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __call__(self, texts, images=()):
@@ -488,11 +567,31 @@ class Processor:
 
 
 def load_vlm(directory, device, dtype):
-    """Any image-text-to-text checkpoint transformers knows, frozen."""
+    """Any image-text-to-text checkpoint transformers knows, frozen. Its logits are fp32: see `fp32_logits`."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+    vlm = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+    return fp32_logits(vlm)
+
+
+def fp32_logits(vlm):
+    """Make the output head multiply in fp32, whatever the rest computes in: near 20 logits in bf16 are 0.125 apart, so that the
+    scores of Eq. 12 would come in steps wider than what the pictures of a group differ by."""
+    head = vlm.get_output_embeddings()
+    head.forward = lambda hidden: F.linear(hidden.float(), head.weight.float(), head.bias)
+    return vlm
+
+
+@contextlib.contextmanager
+def one_rank_at_a_time():
+    """The ranks of a machine enter one after another, all of them: what they read takes host memory once."""
+    turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    for turn in range(turns):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
+            yield
+        if turns > 1:
+            dist.barrier()
 
 
 def on_white(image):
@@ -551,7 +650,8 @@ class TextEncoder:
 
     def __init__(self, directory, device, dtype):
         self.processor = Processor(os.path.join(directory, "processor"))
-        self.vlm = load_vlm(os.path.join(directory, "text_encoder"), device, dtype)
+        with one_rank_at_a_time():
+            self.vlm = load_vlm(os.path.join(directory, "text_encoder"), device, dtype)
         self.device = device
 
     @torch.no_grad()
@@ -734,6 +834,17 @@ def materialise(module, root, device):
     return load_weights(module.to_empty(device=device), root / "transformer")
 
 
+def compile_blocks(*networks):
+    """Fuse the elementwise work of the blocks (--compile). Prefix and targets, with and without mask and gradient, are more variants
+    than the usual limit of 8."""
+    limit = {"recompile_limit": 64}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # before torch 2.13 the setting holds for all threads
+        torch._dynamo.config.recompile_limit, limit = limit["recompile_limit"], {}
+    for network in networks:
+        for block in network.transformer_blocks:
+            block.compile(dynamic=True, **limit)
+
+
 def load_vae(root, device, dtype):
     vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21", dtype).to_empty(device=device)
     vae.to(memory_format=torch.channels_last)  # in which convolutions take half the time
@@ -765,7 +876,6 @@ def save_model(directory, base, transformer, guidance, trained_on):
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     weights = full_weights(transformer)
     if rank == 0:
-        weights = {key: value.to(torch.bfloat16) for key, value in weights.items()}
         save_torch_state_dict(weights, part / "transformer", filename_pattern=WEIGHTS + "{suffix}.safetensors",
                               max_shard_size=SHARD_BYTES)
         remove(directory)
@@ -774,9 +884,17 @@ def save_model(directory, base, transformer, guidance, trained_on):
         dist.barrier()
 
 
+@torch.no_grad()
 def full_weights(model):
-    """All weights of a sharded or plain model on the CPU, on rank 0 only. All ranks call."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """All weights of a sharded or plain model, in bf16 on the CPU, on rank 0; nothing elsewhere. All ranks call."""
+    release(model)
+    weights, keep = {}, not dist.is_initialized() or dist.get_rank() == 0
+    for name, param in model.state_dict().items():  # rounded before they are gathered: one at a time, half the bytes
+        whole = param.to(torch.bfloat16)
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if keep:
+            weights[name] = whole.cpu()
+    return weights
 
 
 def checkpoint_state(model, optimizer, old):
@@ -793,7 +911,7 @@ def save_checkpoint(directory, step, model, optimizer, old=None):
     if dist.get_rank() == 0:
         remove(part)
     dist.barrier()
-    model.reshard()
+    release(model)
     try:
         dcp.save(checkpoint_state(model, optimizer, old), checkpoint_id=part)
     except (Exception, CheckpointException) as error:
@@ -816,6 +934,21 @@ def load_checkpoint(directory, model, optimizer, old=None):
     dcp.load(state, checkpoint_id=complete[-1])
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(complete[-1].name.removeprefix("step-"))
+
+
+def create_shared(directory):
+    """Make a directory that all ranks write to and that must be one on a shared disk. All ranks call."""
+    token = directory / f".{all_gather_list([time.time_ns()])[0]}"
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    dist.barrier()
+    apart = [host for host, seen in all_gather_list([(socket.gethostname(), token.exists())]) if not seen]
+    if dist.get_rank() == 0:
+        token.unlink()
+    if apart:
+        raise OSError(f"{directory.resolve()} of rank 0 is not what {len(apart)} of the ranks see under that name, on {apart[0]}: "
+                      "start all nodes in the same directory of a disk that they share")
 
 
 def write_text(path, text):
@@ -922,14 +1055,16 @@ def denoise_step(model, b):
     b.x.copy_(mean + std * b.noise)
 
 
-def make_prefix(model, prompts, grid):
-    """Prefix of a batch of images, one prompt each: repeated prompts (the same object) are computed once."""
+def unique_prompts(prompts):
+    """One prompt per image -> the different ones (repeated prompts are the same object), and the place of each image's among them."""
     unique = list({id(prompt): prompt for prompt in prompts}.values())
-    prefix = model.prefix(unique, grid)
-    if len(unique) in (1, len(prompts)):
-        return prefix
-    row = {id(prompt): i for i, prompt in enumerate(unique)}
-    return prefix._replace(index=torch.tensor([row[id(p)] for p in prompts], device=prefix.rope.device))
+    place = {id(prompt): i for i, prompt in enumerate(unique)}
+    return unique, [place[id(prompt)] for prompt in prompts]
+
+
+def kv_shape(config, prompts):
+    """Shape of the keys, or values, of one block for P different prompts: (P, H, S, head_dim)."""
+    return len(prompts), config["num_attention_heads"], max(map(prefix_tokens, prompts)), config["attention_head_dim"]
 
 
 class Sampler:
@@ -937,11 +1072,14 @@ class Sampler:
 
     A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
     eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
-    capture. The prompts' keys and values of all shapes lie in one arena, in turn. `drop` frees buffers and graphs.
+    capture. The prompts' keys and values are written into one arena, where those of all shapes lie in turn; it is made
+    for `longest` prefix tokens, so that it need not grow. `cudnn` takes cuDNN's attention, which the trainer does not use.
+    `drop` frees buffers and graphs.
     """
 
-    def __init__(self, model, graphs):
-        self.model, self.graphs, self.entries, self.pool, self.arena = model, graphs, {}, None, model.img_in.weight.new_empty(0)
+    def __init__(self, model, graphs, longest=0, cudnn=False):
+        self.model, self.graphs, self.longest, self.cudnn = model, graphs, longest, cudnn
+        self.entries, self.pool, self.arena = {}, None, model.img_in.weight.new_empty(0)
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
@@ -956,48 +1094,76 @@ class Sampler:
         generators: one per image; grid: (h, w) latents; t (T+1,), sigma (T,) as from `timesteps` and `noise_levels`;
         cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and the states {k: x_k} for k in keep, all fp32.
         """
-        device, tokens = self.model.img_in.weight.device, grid[0] * grid[1]
-        draw = lambda: torch.stack([  # noqa: E731  drawn on the CPU, so that every device sees the same noise
-            torch.randn(tokens, self.model.config["in_channels"], generator=g) for g in generators]).to(device)
-        cond = make_prefix(self.model, [prompt for prompt, _ in pairs], grid)
-        uncond = make_prefix(self.model, [empty for _, empty in pairs], grid) if cfg != 1 else None
-        x = draw()
-        b = self.buffers(x, cond, uncond)
-        b.x.copy_(x)
+        device = self.model.img_in.weight.device
+        shape = grid[0] * grid[1], self.model.config["in_channels"]
+        branches = [[prompt for prompt, _ in pairs]] + ([[empty for _, empty in pairs]] if cfg != 1 else [])
+        b = self.buffers(len(pairs), shape, branches)
+        for prefix, prompts in zip((b.cond, b.uncond), branches):
+            self.write_prefix(prefix, prompts, grid)
+        b.x.copy_(draw_noise(generators, shape))
         b.cfg.fill_(cfg)
-        for mine, new in zip(tensors(b.cond) + tensors(b.uncond), tensors(cond) + tensors(uncond)):
-            mine.copy_(new)
-        del cond, uncond, new  # the arena has them
         states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
         for k, row in enumerate(rows):
             if k in keep:
                 states[k] = b.x.clone()
             b.row.copy_(row)
             if sigma[k] > 0:
-                b.noise.copy_(draw())
-            if b.graph:
-                b.graph.replay()
-            else:
-                denoise_step(self.model, b)
-                b.graph = self.capture(b) if self.graphs else None  # the eager step was the warm-up
+                b.noise.copy_(draw_noise(generators, shape))
+            self.step(b)
         if len(rows) in keep:
             states[len(rows)] = b.x.clone()
         return b.x.clone(), states
 
-    def buffers(self, x, cond, uncond):
-        shape = lambda p: p and (p.kv[0][0].shape, p.mask is None, p.index is None)  # noqa: E731
-        key = (x.shape, shape(cond), shape(uncond))
+    def step(self, b):
+        """One sampler step: the graph of these buffers, or the eager step, which is the graph's warm-up."""
+        if b.graph:
+            b.graph.replay()
+            return
+        with cudnn_attention() if self.cudnn else contextlib.nullcontext():
+            denoise_step(self.model, b)
+            if self.graphs:
+                b.graph = self.capture(b)
+
+    def buffers(self, count, shape, branches):
+        """Static buffers for so many images of this shape, whose prompts are one list per branch of guidance."""
+        unique = [unique_prompts(prompts) for prompts in branches]
+        shapes = [kv_shape(self.model.config, prompts) for prompts, _ in unique]
+        padded = [len({prefix_tokens(prompt) for prompt in prompts}) > 1 for prompts, _ in unique]
+        indexed = [len(prompts) not in (1, count) for prompts, _ in unique]
+        key = (count, shape, *zip(shapes, padded, indexed))
         if key in self.entries:
             return self.entries[key]
-        sizes = [part.numel() for p in (cond, uncond) if p for pair in p.kv for part in pair]
+        layers = self.model.config["num_layers"]
+        sizes = [2 * layers * math.prod(kv) for kv in shapes]
         if sum(sizes) > len(self.arena) or len(self.entries) == 32:
             self.drop()  # graphs hold the arena's address, and shapes must not pile up
-            self.arena = self.arena.new_empty(sum(sizes))
-        parts = iter(self.arena[:sum(sizes)].split(sizes))
-        cond, uncond = (p and p._replace(kv=[tuple(next(parts).view_as(x) for x in pair) for pair in p.kv]) for p in (cond, uncond))
-        self.entries[key] = SimpleNamespace(x=torch.zeros_like(x), noise=torch.zeros_like(x), cond=cond, uncond=uncond,
-                                            row=x.new_zeros(3), cfg=x.new_ones(()), graph=None)
+            longest = 2 * layers * math.prod(shapes[0][1::2]) * self.longest
+            self.arena = self.arena.new_empty(max(sum(sizes), longest))
+        prefixes = [self.prefix_buffers(count, shape[0], part, *kind)
+                    for part, *kind in zip(self.arena[:sum(sizes)].split(sizes), shapes, padded, indexed)]
+        x = torch.zeros(count, *shape, device=self.arena.device)
+        self.entries[key] = SimpleNamespace(x=x, noise=torch.zeros_like(x), row=x.new_zeros(3), cfg=x.new_ones(()), graph=None,
+                                            cond=prefixes[0], uncond=prefixes[1] if len(prefixes) > 1 else None)
         return self.entries[key]
+
+    def prefix_buffers(self, count, tokens, part, shape, padded, indexed):
+        """A Prefix whose keys and values lie in this part of the arena."""
+        blocks = part.view(self.model.config["num_layers"], 2, *shape)
+        device, head_dim = part.device, shape[-1]
+        rope = torch.zeros(shape[0], tokens, head_dim // 2, 2, device=device)
+        mask = torch.ones(shape[0], 1, 1, shape[2] + tokens, dtype=torch.bool, device=device) if padded else None
+        index = torch.zeros(count, dtype=torch.long, device=device) if indexed else None
+        return Prefix([tuple(block) for block in blocks], rope, mask, index)
+
+    def write_prefix(self, buffer, prompts, grid):
+        """Compute the prefix of one prompt per image into its buffers; repeated prompts are computed once."""
+        unique, places = unique_prompts(prompts)
+        prefix = self.model.prefix(unique, grid, into=buffer.kv)
+        buffer.rope.copy_(prefix.rope)
+        if buffer.mask is not None:
+            buffer.mask.copy_(prefix.mask)
+        if buffer.index is not None:
+            buffer.index.copy_(torch.tensor(places))
 
     def capture(self, b):
         """denoise_step on these buffers as a graph; a reward thread may use CUDA meanwhile."""
@@ -1007,21 +1173,57 @@ class Sampler:
         return graph
 
 
+def draw_noise(generators, shape):
+    """One sample per image, drawn on the CPU, so that every device sees the same noise: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def cudnn_attention():
+    """cuDNN's attention first, for what runs inside."""
+    kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kinds, set_priority=True)
+
+
+MIXED_TOKENS = 1024  # target tokens up to which a batch may hold several prompts; beyond, one prompt fills the machine
+
+
+def split_batches(images, encoded, size, tokens):
+    """[(step, prompt id, image number)], ordered by prompt, in batches of at most `size`.
+
+    A batch holds one prompt: no mask, the fastest attention, and the keys and values of one prefix. Only small pictures
+    (`tokens` each) share a batch with those of other prompts, as long as these have the same image layout.
+    """
+    batch = []
+    for image in images:
+        if batch:
+            first, new = batch[0][1], image[1]
+            mixes = (len(batch) + 1) * tokens <= MIXED_TOKENS and image_layout(encoded[first][0]) == image_layout(encoded[new][0])
+            if len(batch) == size or not (new == first or mixes):
+                yield batch
+                batch = []
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
+    """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields (part of the list,
+    x_0 (B, N, C), states {k: x_k (B, N, C)})."""
+    for part in split_batches(images, encoded, batch, grid[0] * grid[1]):
+        pairs, generators = [encoded[prompt] for _, prompt, _ in part], [image_generator(seed, *key) for key in part]
+        yield part, *sampler(pairs, generators, grid, t, sigma, cfg, keep)
+
+
 def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
-    """Sample images in batches, each [(step, prompt id, image number)] of `images` with its own noise. Yields (batch of the list,
-    PIL images, states {k: x_k (B, N, C)}); the last batch may be smaller. Decoding one 1024 px image takes 3 GiB at the real size."""
-    for first in range(0, len(images), batch):
-        chunk = images[first:first + batch]
-        vae.to(sampler.model.img_in.weight.device)  # it waits on the host while the updates need the memory
-        pairs, generators = [encoded[prompt] for _, prompt, _ in chunk], [image_generator(seed, *key) for key in chunk]
-        x0, states = sampler(pairs, generators, grid, t, sigma, cfg, keep)
-        pixels = torch.cat([vae.decode(z) for z in x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // len(x0[0]))))])
-        yield chunk, to_images(pixels), states
+    """`sample`, decoded: yields (part of the list, PIL images, states). Decoding one 1024 px image takes 3 GiB at the real size."""
+    for part, x0, states in sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep):
+        latents = x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // x0.shape[1])))                        # (B', C, h, w)
+        yield part, [image for few in latents for image in to_images(vae.decode(few))], states
 
 
 def forward_flops(config, tokens, prompt):
     """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at a prompt and at themselves."""
-    prefix = len(prompt.slots) + 3 * sum(prompt.slots)  # a slot stands for 2x2 latents
+    prefix = prefix_tokens(prompt)
     dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
     matrices = layers * (4 + 3 * config["mlp_ratio"]) * dim**2 + 2 * config["in_channels"] * dim
     return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim
@@ -1035,10 +1237,6 @@ def matmul_peak(device):
     return 2 * size**3 / min(timer.timeit(1).mean for _ in range(10))
 
 
-def tensors(prefix):
-    return [] if prefix is None else [x for kv in prefix.kv for x in kv] + [x for x in prefix[1:] if x is not None]
-
-
 def detach_prefix(prefix):
     """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix graph.
 
@@ -1047,10 +1245,10 @@ def detach_prefix(prefix):
     return prefix._replace(kv=[tuple(x.detach().float().requires_grad_() for x in kv) for kv in prefix.kv])
 
 
-def backward_prefix(prefix, leaves):
-    """Push the gradients that the leaves of `detach_prefix` have gathered through the prefix, once."""
-    kv, grads = ([x for pair in p.kv for x in pair] for p in (prefix, leaves))
-    torch.autograd.backward(kv, [leaf.grad.to(x.dtype) for x, leaf in zip(kv, grads)])
+def backward_prefixes(prefixes, leaves):
+    """Push the gradients that the leaves of `detach_prefix` have gathered through the prefixes, once."""
+    kv, gathered = ([x for prefix in part for pair in prefix.kv for x in pair] for part in (prefixes, leaves))
+    torch.autograd.backward(kv, [leaf.grad.to(x.dtype) for x, leaf in zip(kv, gathered)])
 
 
 # ---- 5. rewards ----------------------------------------------------------------------------------------------
@@ -1151,7 +1349,7 @@ class VLMScorer:
     reasoning: tokens that it may think before it answers, 0 for none. Source images come first.
     """
 
-    BATCH = 32
+    BATCH, PIXELS = 32, 8 * 2**20  # at most so many answers at once, or so many pixels of their pictures
 
     def __init__(self, vlm, processor, rubric, reasoning=0):
         self.vlm, self.processor, self.rubric, self.reasoning = vlm, Processor(processor), rubric, reasoning
@@ -1166,10 +1364,9 @@ class VLMScorer:
     @torch.no_grad()
     def read(self, images, prompts, sources):
         """Per image (score or exception, probability mass on the five scores, reasoning)."""
-        answers = []
-        for first in range(0, len(images), self.BATCH):
-            rows = range(first, min(first + self.BATCH, len(images)))
-            pictures = [[*sources[i], images[i]] for i in rows]
+        answers, asked = [], [[*before, image] for before, image in zip(sources, images)]
+        for rows in self.batches(asked):
+            pictures = [asked[i] for i in rows]
             texts = [score_text(self.processor.tokenizer, self.rubric, prompts[i], len(p), self.reasoning)
                      for i, p in zip(rows, pictures)]
             flat = [on_white(image) for p in pictures for image in p]
@@ -1181,6 +1378,19 @@ class VLMScorer:
                 cut = ValueError(f"no <score> within {self.reasoning + 16} tokens") if thought is None else None
                 answers.append((cut or check_mass(score, mass), mass, thought))
         return answers
+
+    def batches(self, asked):
+        """Cut lists of pictures into batches by their pixels, at least one a batch; yields their row numbers."""
+        rows, pixels = [], 0
+        for i, pictures in enumerate(asked):
+            size = sum(picture.width * picture.height for picture in pictures)
+            if rows and (len(rows) == self.BATCH or pixels + size > self.PIXELS):
+                yield rows
+                rows, pixels = [], 0
+            rows.append(i)
+            pixels += size
+        if rows:
+            yield rows
 
     def reason(self, texts, images):
         """The VLM's own words up to <score>, None where it never got there."""
@@ -1286,14 +1496,14 @@ def insightface_embed():
     return lambda image: [face.normed_embedding for face in app.get(np.asarray(on_white(image))[:, :, ::-1])]  # BGR
 
 
-def load_rewards(specs, root, dtype, vlms):
+def load_rewards(specs, root, device, vlms):
     """`--reward` values -> [Reward]: NAME, NAME=SOURCE, or one JSON file of
 
         {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?}}, "categories"?: {CATEGORY: {NAME: weight}}}
 
     Names alone weigh 1/K; weights that do not sum to 1 are an error. A source is a VLM (directory or hub id), the URL of an
-    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. VLMs wait in host memory for
-    `move_judges`; `vlms` {directory: model} lets several rewards share one.
+    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. On a GPU VLMs wait in host memory for
+    `seat_judges`; `vlms` {directory: model} lets several rewards share one.
     """
     where, folder, pairs = "--reward", Path(), [spec.partition("=")[::2] for spec in specs]
     table = {"rewards": {name: {"weight": 1 / len(specs), "source": source} for name, source in pairs}}
@@ -1315,13 +1525,13 @@ def load_rewards(specs, root, dtype, vlms):
     except (TypeError, AttributeError) as error:
         raise ValueError(f'{where}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}}}, as load_rewards says ({error})') from None
     for name, entry in entries.items():
-        source, score = open_source(name, entry, folder, root, dtype, vlms)
+        source, score = open_source(name, entry, folder, root, device, vlms)
         weights = {category: vector.get(name, 0.0) for category, vector in categories.items()}
         rewards.append(Reward(name, entry["weight"], source, score, spans[name], weights))
     return rewards
 
 
-def open_source(name, entry, folder, root, dtype, vlms):
+def open_source(name, entry, folder, root, device, vlms):
     """One reward's source, in words, and its scoring function."""
     source, brought = entry.get("source", ""), root / "rewards" / name
     if "://" in source:
@@ -1341,20 +1551,67 @@ def open_source(name, entry, folder, root, dtype, vlms):
     rubrics = card.get("rubrics", {})  # a VLM with one rubric is asked that one, whatever the reward is called
     rubric = entry.get("rubric") or rubrics.get(name) or (find_rubric(name) if len(rubrics) != 1 else [*rubrics.values()][0])
     if directory not in vlms:
-        vlms[directory] = load_vlm(directory, "cpu", dtype)
+        with one_rank_at_a_time():
+            vlms[directory] = load_vlm(directory, "cpu", compute_dtype(device))
+            if device.type == "cuda":
+                unseat(vlms[directory])
     scorer = VLMScorer(vlms[directory], root / "processor" if zero_shot else directory, rubric,
                        entry.get("reasoning", card.get("reasoning", 0)))
     return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
 
 
-def move_judges(rewards, device):
-    """Local VLM judges onto the GPU for scoring; with the CPU as device, back to the host copies they came from."""
-    for vlm in {reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}:
-        for x in (*vlm.parameters(), *vlm.buffers()):
-            if device.type == "cuda":
-                x.host, x.data = x.data, x.data.to(device)
-            elif hasattr(x, "host"):
-                x.data = x.host
+def local_vlms(rewards):
+    """The VLMs that score on this machine, each once."""
+    return list({id(reward.score.vlm): reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}.values())
+
+
+def unseat(vlm):
+    """Leave the GPU: every rank keeps a share of each weight in host memory, so that a machine holds the VLM once."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for x in (*vlm.parameters(), *vlm.buffers()):
+        if not hasattr(x, "share"):  # its weights never change
+            length = -(-x.numel() // world)
+            share = F.pad(x.data.flatten(), (0, length * world - x.numel()))[rank * length:(rank + 1) * length]
+            x.whole, x.share = x.shape, pinned(share.cpu().clone())
+        x.data = x.new_empty(0)
+
+
+@torch.no_grad()
+def seat(vlm, device):
+    """Back to where scores are computed: the ranks' shares become whole weights again. All ranks call."""
+    for x in (*vlm.parameters(), *vlm.buffers()):
+        if hasattr(x, "share") and x.shape != x.whole:
+            share = x.share.to(device, non_blocking=True)
+            world = dist.get_world_size() if dist.is_initialized() else 1
+            gathered = share.new_empty(world * len(share))
+            gather(gathered, share)
+            x.data = gathered[:x.whole.numel()].view(x.whole)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # reward threads have streams of their own
+
+
+def seat_judges(rewards, device):
+    for vlm in local_vlms(rewards):
+        seat(vlm, device)
+
+
+def unseat_judges(rewards):
+    for vlm in local_vlms(rewards):
+        unseat(vlm)
+
+
+def reward_threads(rewards, device):
+    """A thread for each reward, which is asked batch by batch; rewards do not wait for each other.
+
+    On a GPU each has a stream of its own, before the sampler's in priority: on the same one an answer would wait for all the
+    sampler's steps that are queued.
+    """
+    def begin():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # threads start on GPU 0
+            torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
+
+    return [ThreadPoolExecutor(1, initializer=begin) for _ in rewards]
 
 
 def find_rubric(name):
@@ -1387,6 +1644,7 @@ def setup():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # may differ with and without gradients; the ratio must be exactly 1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # for --offload
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return dist.get_rank(), dist.get_world_size(), device
@@ -1397,47 +1655,84 @@ def compute_dtype(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def shard(model, device):
+def shard(model, device, offload=False):
     """FSDP2: blocks, then root. fp32 masters and gradients; bf16 compute on CUDA. The model casts its own inputs, so
-    that the timestep stays fp32. Works at world size 1 too."""
+    that the timestep stays fp32. Works at world size 1 too. offload: masters, gradients and thereby Adam in host memory."""
     world = dist.get_world_size()
     for name, param in model.named_parameters():
         if len(param) % world:
             raise ValueError(f"{name} has {len(param)} rows, which {world} ranks cannot share evenly")
-    shard_blocks(model, model.transformer_blocks, device)
-    for method in ("prefix", "velocity"):
+    shard_blocks(model, model.transformer_blocks, init_device_mesh(device.type, (world,)), offload)
+    for method in ("prefix", "velocity", "anchor"):
         register_fsdp_forward_method(model, method)
     return model
 
 
-def shard_blocks(model, blocks, device):
-    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+def shard_blocks(model, blocks, mesh, offload=False):
+    """fully_shard of each block, then of what is left."""
+    dtype, cuda = compute_dtype(torch.device(mesh.device_type)), mesh.device_type == "cuda"
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    where = CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=mixed)
+        fully_shard(module, mesh=mesh, mp_policy=mixed, offload_policy=where)
+
+
+def keep_gathered(model, parameters, gradients):
+    """How an update treats the network: `parameters` stay gathered in bf16 from the first micro-batch to the last, instead of block
+    by block in every pass; `gradients` are added up in fp32 on each rank until `reduce_gradients`."""
+    model.set_reshard_after_forward(not parameters)
+    model.set_reshard_after_backward(not parameters)
+    model.set_requires_gradient_sync(not gradients)
+
+
+def reduce_gradients(model):
+    """Reduce what every rank has added up. (The last backward pass could do it, but not where it is the first to reach a
+    parameter: FSDP would find gradients in bf16 beside those added up in fp32.)"""
+    model.set_requires_gradient_sync(True)
+    model.anchor().backward()
+
+
+def release(model):
+    """Every rank holds its own rows only again: before the optimizer, which works on those."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def own_rows(model):
     """This rank's rows of a sharded model's parameters, fp32, in parameter order."""
-    model.reshard()  # the root stays gathered after a forward without backward
+    release(model)  # the root stays gathered after a forward without backward
     return [param.to_local().detach() for param in model.parameters()]
 
 
+def pinned(x):
+    """A host tensor whose pages are locked, so that copies to the GPU are fast; without a GPU the tensor as it is. x must live
+    as long as the process. (`pin_memory` would round its size up to a power of two.)"""
+    if torch.cuda.is_available() and x.numel():
+        error = torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0)
+        if int(error):
+            raise MemoryError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {int(error)})")
+    return x
+
+
 def park(rows, dtype):
-    """A copy of this rank's rows in host memory, pinned where there is a GPU: a tenant waiting for the slot."""
-    return [row.to(dtype).cpu().pin_memory() if row.is_cuda else row.to(dtype, copy=True) for row in rows]
+    """A copy of this rank's rows in host memory, pinned where there is a GPU: what waits for its turn in the slot."""
+    return [pinned(row.to(dtype, copy=True).cpu()) for row in rows]
+
+
+def gather(out, share):
+    """All ranks' shares of a tensor, one after another, into `out`."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(out, share)
+    else:
+        out.copy_(share)
 
 
 @torch.no_grad()
 def fill(slot, rows):
     """Gather every rank's rows straight into the slot's storage, rounded to its dtype; addresses never change."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     for param, row in zip(slot.parameters(), rows, strict=True):
-        row = row.to(param.device, param.dtype, non_blocking=True).contiguous()
-        if dist.get_world_size() == 1:
-            param.copy_(row)
-        else:
-            gather(param.data, row)
+        gather(param.data, row.to(param.device, non_blocking=True).to(param.dtype).contiguous())  # one host thread converts slowly
 
 
 def all_gather_list(values):
@@ -1447,7 +1742,171 @@ def all_gather_list(values):
     return [value for part in lists for value in part]
 
 
-# ---- 7. pictures ---------------------------------------------------------------------------------------------
+# ---- 7. memory -----------------------------------------------------------------------------------------------
+
+# peaks that shapes do not tell, in activations (tokens x width, in the compute dtype) or pixels x channels of the VAE
+FORWARD, BACKWARD, DECODING = 14, 41, 11
+JUDGING = 0.35  # of a judge's own bytes, when it works: its head in fp32, the pictures of a batch
+RESERVED = 1.08  # what the allocator holds over what is allocated: at most, as simulated
+
+
+class Job(NamedTuple):
+    """The sizes that decide what memory a training run takes.
+
+    tokens, batch   of an image; images sampled at once
+    rows            (image, timestep) pairs of a micro-batch
+    pair, prefix    prefix tokens of the longest prompt: of both branches of the rollout; of those that an update looks at
+    kept            bytes of states and frozen velocities that wait for the updates
+    encoder         bytes of the text encoder
+    judges, table   bytes of the local VLMs that score rollouts; of these and of those for the final table alone
+    parked          bytes of this rank's rows that wait in host memory for the slot
+    """
+
+    tokens: int
+    batch: int
+    rows: int
+    pair: int
+    prefix: int
+    kept: int = 0
+    encoder: int = 0
+    judges: int = 0
+    table: int = 0
+    parked: int = 0
+    offload: bool = False
+    checkpointing: bool = True
+
+
+class Mode(NamedTuple):
+    """What there is room for: the two of `keep_gathered`, and local judges that stay on the device during updates."""
+
+    gathered: bool = True
+    once: bool = True
+    judges_stay: bool = True
+
+
+MODES = [Mode(), Mode(judges_stay=False), Mode(once=False), Mode(once=False, judges_stay=False),
+         Mode(gathered=False, once=False), Mode(gathered=False, once=False, judges_stay=False)]  # the fastest first
+
+
+def memory_phases(config, vae_config, world, job, mode, width=2):
+    """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's context and NCCL's buffers
+    come on top. width: bytes of a number in the compute dtype; masters, gradients and Adam are fp32."""
+    dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    with torch.device("meta"):
+        network, vae = FlowTransformer(config), VAE(vae_config)
+    count = sum(param.numel() for param in network.parameters())
+    block = sum(param.numel() for param in network.transformer_blocks[0].parameters())
+    share, token, kv = (0 if job.offload else count // world), width * dim, 2 * layers * width * dim
+    decoder = width * sum(param.numel() for param in vae.parameters())
+    resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)  # slot, VAE, masters and Adam
+    scoring = JUDGING * job.table + (0 if mode.judges_stay else job.judges)
+
+    pixels = 256 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
+    decoding = DECODING * width * (vae_config["decoder_base_dim"] or vae_config["base_dim"]) * pixels
+    sampling = kv * job.pair + FORWARD * token * job.batch * job.tokens  # arena; what the graph works on
+    prefix = FORWARD * token * job.pair
+    looked_at = job.rows * (job.tokens + job.prefix)  # keys of a micro-batch
+    frozen = kv * job.prefix + FORWARD * token * max(looked_at, job.prefix)
+
+    inputs = layers if job.checkpointing else layers * BACKWARD  # activations that a forward pass leaves for the backward pass
+    update = (kv + 16 * layers * dim + inputs * token) * job.prefix  # keys and values, the fp32 leaves, the gradients of these
+    update += max((inputs + BACKWARD) * token * job.rows * job.tokens + 8 * token * looked_at, BACKWARD * token * job.prefix)
+    weights = count if mode.gathered else count - layers * block + 2 * block
+    gradients = 4 * (count if mode.once else share) + 8 * block
+    pictures = sampling + max(decoding, prefix)
+    return {
+        "loading": job.encoder + decoder + decoding,
+        "grids": resident + pictures,
+        "rollout": resident + job.kept + pictures + scoring,
+        "frozen velocities": resident + job.kept + sampling + frozen + scoring,
+        "updates": resident + job.kept + gradients + width * weights + update,
+        "optimizer": resident + job.kept + 4 * share,
+        "saving": resident + 4 * block,
+        "final table": resident - 8 * share + pictures + scoring + job.table - job.judges,
+    }
+
+
+def host_bytes(config, world, job, pinned):
+    """{what: bytes} that all ranks together have in host memory. pinned: whether FSDP locks its part, in powers of two."""
+    with torch.device("meta"):
+        sizes = [4 * param.numel() // world for param in FlowTransformer(config).parameters()]
+    locked = sum(2 ** math.ceil(math.log2(size)) if pinned else size for size in sizes)
+    offloaded = {"fp32 weights and gradients": 2 * world * locked, "Adam": 2 * world * sum(sizes)} if job.offload else {}
+    return offloaded | {"waiting for the slot": world * job.parked, "judges": job.table * pinned}
+
+
+def context_bytes(world):
+    """About what CUDA, cuBLAS and NCCL take on a GPU beside the allocator."""
+    return (3 if world > 1 else 1.5) * 2**30
+
+
+def choose_mode(config, vae_config, world, job, size, width=2):
+    """The fastest `Mode` whose phases fit `size` bytes of a device, else the smallest; and its phases."""
+    for mode in MODES:
+        phases = memory_phases(config, vae_config, world, job, mode, width)
+        if RESERVED * max(phases.values()) <= size:
+            break
+    return mode, phases
+
+
+def describe(mode):
+    return ("parameters stay gathered during an update" if mode.gathered else "parameters are gathered block by block",
+            "gradients are reduced once an update" if mode.once else "gradients are reduced after every micro-batch",
+            "local judges stay" if mode.judges_stay else "local judges leave the GPU during updates")
+
+
+def in_words(table):
+    """{what: bytes} as "GiB: what 1.2, ...", in MiB where that is all."""
+    unit, size = ("GiB", 2**30) if max(table.values()) >= 2**30 else ("MiB", 2**20)
+    return f"{unit}: " + ", ".join(f"{name} {value / size:.1f}" for name, value in table.items())
+
+
+def plan_memory(config, vae_config, device, job):
+    """The fastest `Mode` that fits the device, the same on all ranks; prints it, or raises MemoryError with what does not fit."""
+    world, cuda = dist.get_world_size(), device.type == "cuda"
+    jobs = all_gather_list([job])
+    job = job._replace(**{name: max(getattr(other, name) for other in jobs) for name in ("pair", "prefix", "kept")})
+    size = device_memory(device) - (context_bytes(world) if cuda else 0)
+    mode, phases = choose_mode(config, vae_config, world, job, size, compute_dtype(device).itemsize)
+    host, machine = host_bytes(config, world, job, cuda), host_memory()
+    here = sum(host.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // world
+    text = (f"memory of each {device.type}, {in_words(phases)}, of {size / 2**30:.0f} GiB\n"
+            f"host memory for all ranks, {in_words(host)}, of {machine / 2**30:.0f} GiB a machine")
+    if max(phases.values()) > size or here > machine:
+        raise MemoryError(f"this run does not fit:\n{text}\nLess memory takes: --offload, --micro-batch 1, --rollout-batch 1, a smaller "
+                          "--size, more GPUs; in host memory: --kl-coef 0")
+    if dist.get_rank() == 0:
+        print(f"{text}\n{'; '.join(describe(mode)[:2 + bool(job.judges)])}")
+    return mode
+
+
+def weight_bytes(directory):
+    """Bytes of a component's weight files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def vlm_bytes(rewards):
+    """Bytes of the local VLMs of some rewards, each counted once."""
+    tensors = [x for vlm in local_vlms(rewards) for x in (*vlm.parameters(), *vlm.buffers())]
+    return sum(math.prod(getattr(x, "whole", x.shape)) * x.element_size() for x in tensors)
+
+
+def device_memory(device):
+    """Bytes of one device; of a rank's part of the host where the host computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def host_memory():
+    """Bytes of this machine, or of the container it lets us use."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total if allowed == "max" else min(total, int(allowed))
+
+
+# ---- 8. pictures ---------------------------------------------------------------------------------------------
 
 
 def image_grid_png(path, *rows, columns=8):

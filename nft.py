@@ -32,14 +32,17 @@ import math
 import signal
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Sampler, VLMScorer, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model,
-    forward_flops, generate, guided_velocity, image_generator, image_grid_png, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_weights, materialise, matmul_peak, move_judges, new_transformer, own_rows, park,
-    sampling_settings, save_checkpoint, save_model, setup, shard, write_text)
+    UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks, compute_dtype,
+    create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate,
+    guided_velocity, image_generator, image_grid_png, keep_gathered, line_chart, load_checkpoint,
+    load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak,
+    new_transformer, own_rows, park, plan_memory, reduce_gradients, release, reward_threads,
+    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, unseat_judges, vlm_bytes,
+    weight_bytes, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -107,8 +110,10 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (torch 2.13 or newer; "
-        "default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+    add("--cudnn", action="store_true", help="cuDNN's attention in the sampler (default: as in training, flash attention)")
+    add("--offload", action="store_true",
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
     return parser.parse_args(argv)
 
 
@@ -235,7 +240,8 @@ def open_run(args, specs):
         before = json.loads((run / "args.json").read_text())
         args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
         args.lr = before["lr"] if args.lr is None else args.lr
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr")
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr",
+                "offload")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
@@ -262,9 +268,10 @@ def rank_share(ids, updates, rank, world):
     return [i for update in range(updates) for i in ids[update::updates][rank::world]]
 
 
-def apply_update(optimizer, params, loss, grad_clip):
+def apply_update(policy, optimizer, loss, grad_clip):
     """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).full_tensor()
+    release(policy)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).full_tensor()
     finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
     if finite:
         optimizer.step()
@@ -338,9 +345,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
-            block.compile(dynamic=True, recompile_limit=64)  # prefix and targets, with and without mask and gradient: more than 8
-    policy = materialise(shard(policy, device), root, device)
+        compile_blocks(slot, policy)
+    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: the loss is a mean over dimensions
@@ -348,16 +354,19 @@ def main(argv=None):
     old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph), {}
-    rewards, judges = (load_rewards(specs, root, dtype, vlms) for specs in (args.reward, args.judge))
+    pair = longest_prefix(encoded, 1 + (cfg != 1))
+    sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn), {}
+    rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
     pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
-              "slot": sum(param.nbytes for param in slot.parameters()), "noised states": 8 * state_floats * args.draws,
-              "frozen velocities": 4 * state_floats * args.draws * (1 + bool(reference)),
-              "old policy and reference in host memory": sum(row.nbytes for row in old + reference)}
+    memory = plan_memory(config, vae.config, device, Job(
+        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
+        kept=4 * state_floats * args.draws * (3 + bool(reference)),
+        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards), table=vlm_bytes(rewards + judges),
+        parked=sum(row.nbytes for row in old + reference),
+        offload=args.offload, checkpointing=policy.checkpointing))
 
     def noised(x0, step, i):
         """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G, 1, 1)."""
@@ -373,18 +382,16 @@ def main(argv=None):
         return [part[d, g] for part in states[group]]
 
     # ---- 9. header, reward threads, frozen velocities (same in grpo, nft) ------------------------------------
-    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device))  # threads start on GPU 0
-             for _ in rewards]  # a reward is called from one thread, batch by batch; rewards do not wait for each other
+    pools = reward_threads(rewards, device)
     peak = matmul_peak(device)
+    create_shared(run / "samples")
     if rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
         write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
         print(f"sampler: {T} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
               f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
-        print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
         for reward in rewards:
             weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
             print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
@@ -438,7 +445,7 @@ def main(argv=None):
         # rollout, guided, by the old policy; a decoded batch is scored in the background from here on
         fill(slot, old)
         ids = shares[step]
-        move_judges(rewards, device)
+        seat_judges(rewards, device)
         images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
         for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
             states.append(kept)
@@ -459,11 +466,11 @@ def main(argv=None):
 
         # local judges leave before training; other rewards are waited for group by group
         wait([future for row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
-        move_judges(rewards, CPU)
+        if not memory.judges_stay:
+            unseat_judges(rewards)
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
         if cuda:
-            vae.cpu()  # the updates need the memory
-            sampler.drop()
+            sampler.drop()  # the updates need the memory
 
         # updates, each on its own groups
         shifts, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], 0.0, 0
@@ -472,6 +479,7 @@ def main(argv=None):
         groups = len(ids) // U
         scale = world / (P * G * args.draws / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
+            keep_gathered(policy, memory.gathered, memory.once)
             shift, total, kl = [], torch.zeros((), device=device), torch.zeros((), device=device)
             for group in range(update * groups, (update + 1) * groups):
                 waited_seconds += await_scores(futures, arrived, (group + 1) * G)
@@ -491,9 +499,10 @@ def main(argv=None):
                         del penalty  # its graph holds the prefix's leaves
                     shift.append((v.detach() - v_old[group, m]).pow(2).mean())
                     (loss * scale).backward()
-                for prefix, leaf in zip(prefixes, leaves):
-                    backward_prefix(prefix, leaf)
-                del prefixes, prefix, leaves, leaf, v, loss  # the next group's prefix must not stand beside this one
+                backward_prefixes(prefixes, leaves)
+                del prefixes, leaves, v, loss  # the next group's prefix must not stand beside this one
+            if memory.once:
+                reduce_gradients(policy)
             if update == 0:  # nothing is trained on a step that cannot be trusted
                 waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
@@ -502,7 +511,7 @@ def main(argv=None):
                     if step > start:
                         save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
                     raise RuntimeError(trouble)
-            norm, stepped = apply_update(optimizer, policy.parameters(), total, args.grad_clip)
+            norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
@@ -514,7 +523,7 @@ def main(argv=None):
             norms.append(norm)
         decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
         for row, new in zip(old, own_rows(policy)):
-            row.copy_(row.to(device).lerp_(new, 1 - decay))  # on the GPU: one thread of the host takes seconds for the 7B
+            row.copy_(row.to(device).lerp_(new.to(device), 1 - decay))  # on the GPU: the host takes seconds for the 7B
         cuda and torch.cuda.synchronize()
         train_seconds = time.perf_counter() - clock - waited_seconds
 
@@ -529,24 +538,31 @@ def main(argv=None):
         log.append({"step": step, **step_record(parts, rewards), "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
                     "images_per_second": P * G / sum(seconds.values()),
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
         bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
         ending = any(part["stop"] for part in parts)
-        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+        if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
         if ending:
             print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
             return
 
-    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
+    # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
+    if args.save_every and start < args.steps:
+        save_checkpoint(run / "checkpoint", args.steps, policy, optimizer, old)
+
+    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
+    optimizer.state.clear()  # the table needs its memory
+    free_memory()
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
-        move_judges(rewards + judges, device)
+        seat_judges(rewards + judges, device)
         load_weights(slot, root / "transformer")
         before, pictures_before = heldout_scores(number, cfg)
         fill(slot, own_rows(policy))

@@ -30,14 +30,17 @@ from typing import NamedTuple
 from pathlib import Path
 
 from model import (
-    Sampler, all_gather_list, backward_prefix, compute_dtype, detach_prefix, encode_prompts, fill, find_model, forward_flops, generate,
-    guided_velocity, image_generator, image_grid_png, line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_weights,
-    materialise, matmul_peak, move_judges, new_transformer, own_rows, park, read_config, sampling_settings, save_checkpoint,
-    save_model, setup, shard, write_text)
+    Job, Sampler, all_gather_list, backward_prefixes, compile_blocks, compute_dtype, create_shared,
+    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate,
+    guided_velocity, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts,
+    load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer,
+    own_rows, park, plan_memory, read_config, reduce_gradients, release, sample, sampling_settings,
+    save_checkpoint, save_model, seat_judges, setup, shard, vlm_bytes, weight_bytes, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+CPU = torch.device("cpu")
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
 
@@ -87,8 +90,10 @@ def parse_args(argv=None):
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (torch 2.13 or newer; "
-        "default: do not)")
+    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+    add("--cudnn", action="store_true", help="cuDNN's attention in the sampler (default: as in training, flash attention)")
+    add("--offload", action="store_true",
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
     return parser.parse_args(argv)
 
 
@@ -159,7 +164,8 @@ def open_run(args, specs):
         before = json.loads((run / "args.json").read_text())
         args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
         args.lr = before["lr"] if args.lr is None else args.lr
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr")
+        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr",
+                "offload")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
@@ -186,9 +192,10 @@ def rank_share(ids, updates, rank, world):
     return [i for update in range(updates) for i in ids[update::updates][rank::world]]
 
 
-def apply_update(optimizer, params, loss, grad_clip):
+def apply_update(policy, optimizer, loss, grad_clip):
     """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).full_tensor()
+    release(policy)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).full_tensor()
     finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
     if finite:
         optimizer.step()
@@ -262,9 +269,8 @@ def main(argv=None):
     # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling, then teachers
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        for block in (*slot.transformer_blocks, *policy.transformer_blocks):
-            block.compile(dynamic=True, recompile_limit=64)  # prefix and targets, with and without mask and gradient: more than 8
-    policy = materialise(shard(policy, device), root, device)
+        compile_blocks(slot, policy)
+    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
     policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
     teachers = {}
     for task, teacher in roots.items():  # through the student's storage: a rank reads and keeps its own rows alone
@@ -277,16 +283,19 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda if args.graph is None else args.graph)
-    rewards, judges = [], load_rewards(args.judge, root, dtype, {})
+    pair = longest_prefix(encoded, 2)
+    sampler = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn)
+    rewards, judges = [], load_rewards(args.judge, root, device, {})
     weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    memory = {"weights, gradients and Adam": 4 * sum(row.nbytes for row in own_rows(policy)),
-              "slot": sum(param.nbytes for param in slot.parameters()), "sampled states": 4 * state_floats * len(trained),
-              "teacher velocities": 4 * state_floats * len(trained),
-              "teachers in host memory": sum(row.nbytes for teacher in teachers.values() for row in teacher.rows)}
+    memory = plan_memory(config, vae.config, device, Job(
+        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, 1),
+        kept=8 * state_floats * len(trained),
+        encoder=weight_bytes(root / "text_encoder"), table=vlm_bytes(judges),
+        parked=sum(row.nbytes for teacher in teachers.values() for row in teacher.rows),
+        offload=args.offload, checkpointing=policy.checkpointing))
 
     def rows(states, group, micro):
         """x (B, N, C) and t (B,) of a micro-batch."""
@@ -294,14 +303,13 @@ def main(argv=None):
 
     # ---- 9. header, teacher velocities -----------------------------------------------------------------------
     peak = matmul_peak(device)
+    create_shared(run / "samples")
     if rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
         write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
         print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
-        print("memory of a rank, MiB: " + ", ".join(f"{name} {count / 2**20:.1f}" for name, count in memory.items()))
         for task, teacher in teachers.items():
             print(f"teacher {task}: guidance {teacher.cfg:g}; {roots[task]}")
 
@@ -352,11 +360,8 @@ def main(argv=None):
 
         # rollout: the student's own unguided trajectory; nothing is decoded
         ids = shares[step]
-        images, states = [(step, i, g) for i in ids for g in range(G)], []
-        for first in range(0, len(images), batch):
-            chunk = images[first:first + batch]
-            generators = [image_generator(args.seed, *key) for key in chunk]
-            states.append(sampler([encoded[i] for _, i, _ in chunk], generators, grid, t, torch.zeros(T), 1.0, trained)[1])
+        images = [(step, i, g) for i in ids for g in range(G)]
+        states = [kept for *_, kept in sample(sampler, encoded, images, grid, t, torch.zeros(T), 1.0, args.seed, batch, trained)]
         states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -373,14 +378,14 @@ def main(argv=None):
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         if cuda:
-            vae.cpu()  # the updates need the memory
-            sampler.drop()
+            sampler.drop()  # the updates need the memory
 
         # updates, each on its own groups
         errors, losses, norms, skipped = [], [], [], 0
         groups = len(ids) // U
         scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
         for update in range(U):
+            keep_gathered(policy, memory.gathered, memory.once)
             total = torch.zeros((), device=device)
             for group in range(update * groups, (update + 1) * groups):
                 prefix = policy.prefix([encoded[ids[group]][0]], grid)
@@ -391,9 +396,11 @@ def main(argv=None):
                     errors.append(error)
                     total += loss.detach()
                     (loss * scale).backward()
-                backward_prefix(prefix, leaves)
+                backward_prefixes([prefix], [leaves])
                 del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
-            norm, stepped = apply_update(optimizer, policy.parameters(), total, args.grad_clip)
+            if memory.once:
+                reduce_gradients(policy)
+            norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer)
@@ -418,7 +425,8 @@ def main(argv=None):
                     "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds, 
                     "images_per_second": P * G / sum(seconds.values()),
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
+                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained)) for line in log
@@ -426,17 +434,23 @@ def main(argv=None):
             line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states", "step")
         bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
         ending = any(part["stop"] for part in parts)
-        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+        if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
         if ending:
             print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
             return
 
-    # ---- 12. done --------------------------------------------------------------------------------------------
+    # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
+    if args.save_every and start < args.steps:
+        save_checkpoint(run / "checkpoint", args.steps, policy, optimizer)
+
+    # ---- 12. done --------------------------------------------------------------------------------------------
+    optimizer.state.clear()  # the table needs its memory
+    free_memory()
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
-        move_judges(judges, device)
+        seat_judges(judges, device)
         load_weights(slot, root / "transformer")
         before, pictures_before = heldout_scores(number, base_cfg)
         fill(slot, own_rows(policy))

@@ -27,12 +27,13 @@ import json
 import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Request, Sampler, compute_dtype, encode_prompts, find_model, forward_flops, generate, image_grid_png, load_prompts,
-    load_rewards, load_vae, materialise, matmul_peak, move_judges, new_transformer, read_config, sampling_settings, setup, write_text)
+    UNDEFINED, Request, Sampler, compute_dtype, create_shared, encode_prompts, find_model, forward_flops,
+    generate, image_grid_png, load_prompts, load_rewards, load_vae, longest_prefix, materialise,
+    matmul_peak, new_transformer, read_config, reward_threads, sampling_settings, seat_judges, setup,
+    write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -64,6 +65,7 @@ def parse_args(argv=None):
     add("--name", help="directory under rollouts/ (default: a number)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
+    add("--cudnn", action="store_true", help="cuDNN's attention in the sampler (default: flash attention)")
     add = parser.add_argument_group("use what was drawn and scored").add_argument
     add("--curate", nargs="+", metavar="DIR", help="write the prompts whose images differ in composite reward")
     add("--min-range", type=float, metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
@@ -400,8 +402,8 @@ def open_folder(args, rank):
     if changed:
         raise ValueError(f"{folder} was drawn with other values of {', '.join(changed)}; choose another --name")
     dist.barrier()  # every rank has looked before rank 0 creates it
+    create_shared(folder / "images")
     if rank == 0:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
         write_text(folder / "args.json", json.dumps(settings, indent=2))
         gather(folder)
     dist.barrier()
@@ -452,7 +454,7 @@ def draw(args):
         raise ValueError("--source goes with a PROMPT, written before the flags")
     for path in args.source:
         Image.open(path).close()
-    rewards = load_rewards(args.reward, root, dtype, {})
+    rewards = load_rewards(args.reward, root, device, {})
     folder = open_folder(args, rank)
     before = read_records(folder) if (folder / "rollouts.jsonl").exists() else []
     for record in before:
@@ -467,9 +469,10 @@ def draw(args):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, 256 * grid[0] * grid[1], device)
     network = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
-    sampler, config = Sampler(network, cuda if args.graph is None else args.graph), network.config
-    move_judges(rewards, device)
-    pools = [ThreadPoolExecutor(1, initializer=lambda: cuda and torch.cuda.set_device(device)) for _ in rewards]
+    longest, config = longest_prefix(encoded, 1 + (cfg != 1)) if mine else 0, network.config
+    sampler = Sampler(network, cuda if args.graph is None else args.graph, longest, args.cudnn)
+    seat_judges(rewards, device)
+    pools = reward_threads(rewards, device)
     trained = read_config(root / "model_index.json").get("_sampling", {}).get("trained_on", [])
 
     def write(file, i, images, futures):

@@ -35,14 +35,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import (
-    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, download, expected_score, find_rubric, full_weights,
-    line_chart, load_checkpoint, load_vlm, matmul_peak, on_white, read_config, remove, save_checkpoint, score_text, score_tokens,
-    setup, shard_blocks, write_text)
+    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, create_shared, download,
+    expected_score, find_rubric, full_weights, keep_gathered, line_chart, load_checkpoint, load_vlm,
+    matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove, save_checkpoint, score_text,
+    score_tokens, setup, shard_blocks, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny" / "model"
@@ -68,6 +70,8 @@ def parse_args(argv=None):
     add("--freeze-vision", action="store_true", help="train the language model only")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
+    add("--offload", action="store_true",
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for an 8B VLM (default: on the GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--objective", choices=("pointwise", "pairwise"), default="pointwise",
         help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the paper's choice)")
@@ -302,12 +306,12 @@ def open_part(args, out, rank):
     if args.resume:
         if not (part / "args.json").exists():
             raise FileNotFoundError(f"--resume: there is no {part} to continue")
-        before, free = read_config(part / "args.json"), ("resume", "save_every", "eval_data", "micro_batch", "checkpointing", "out")
+        before, free = read_config(part / "args.json"), ("resume", "save_every", "eval_data", "micro_batch", "checkpointing", "out", "offload")
         changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
         if changed:
             raise ValueError(f"--resume: {part} was started with other values of {', '.join(changed)}")
     dist.barrier()  # every rank has looked before rank 0 creates it
-    part.mkdir(parents=True, exist_ok=True)
+    create_shared(part)
     if rank == 0:
         write_text(part / "args.json", json.dumps(vars(args), indent=2))
     return part
@@ -347,13 +351,15 @@ def main(argv=None):
 
     # ---- 7. model --------------------------------------------------------------------------------------------
     part = open_part(args, out, rank)
-    vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)  # every rank holds all of it until it is sharded
-    if cuda if args.checkpointing is None else args.checkpointing:
-        vlm.train().gradient_checkpointing_enable({"use_reentrant": False})
-    if args.freeze_vision:
-        vlm.model.visual.requires_grad_(False)
-    count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
-    shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], device)
+    mesh = init_device_mesh(device.type, (world,))
+    with one_rank_at_a_time():  # it holds all of the VLM until it is sharded
+        vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)
+        if cuda if args.checkpointing is None else args.checkpointing:
+            vlm.train().gradient_checkpointing_enable({"use_reentrant": False})
+        if args.freeze_vision:
+            vlm.model.visual.requires_grad_(False)
+        count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
+        shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
@@ -368,6 +374,7 @@ def main(argv=None):
     for step in bar:
         numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
         total = 0.0
+        keep_gathered(vlm, args.offload, args.offload)  # or every micro-batch would move everything to the GPU and back
         for first in range(0, len(numbers), micro_batch):
             examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
             inputs, labels, place, y = collate(processor, rubrics, examples, device)
@@ -376,10 +383,13 @@ def main(argv=None):
             loss = pointwise_loss(score, y) if args.objective == "pointwise" else pairwise_loss(score, args.margin_scale)
             form = args.mass_coef * mass_loss(logits[:, -place], tokens) + args.answer_coef * answer_loss(logits, labels)
             loss = loss + form / size
+            if first + micro_batch >= len(numbers):  # every backward pass reaches the same parameters
+                vlm.set_requires_gradient_sync(True)
             (loss * world / args.batch).backward()  # FSDP averages over ranks
             total += loss.item() / args.batch
             rated, read = rated + len(examples), read + inputs["input_ids"].numel()
         total = sum(all_gather_list([total]))
+        release(vlm)
         torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
@@ -405,7 +415,8 @@ def main(argv=None):
         del plain
     del weights
     dist.barrier()
-    vlm = load_vlm(part, device, compute_dtype(device))  # evaluated as it will be used
+    with one_rank_at_a_time():
+        vlm = load_vlm(part, device, compute_dtype(device))  # evaluated as it will be used
     scorers = {name: VLMScorer(vlm, part, rubric, card["reasoning"]) for name, rubric in rubrics.items()}
     card["held_out"], dots = {}, {}
     for path, rows in held_out.items():

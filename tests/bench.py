@@ -39,6 +39,7 @@ REAL = dict(_class_name="QwenImage21Transformer2DModel", patch_size=1, in_channe
 REAL_VAE = dict(_class_name="AutoencoderKLQwenImage21", base_dim=96, decoder_base_dim=144, z_dim=64, dim_mult=[1, 2, 4, 8, 8],
                 num_res_blocks=2, temperal_downsample=[False, True, True, True], in_channels=4, out_channels=4,
                 latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
+ENCODER = JUDGE = 17_534_247_392  # bytes of Qwen3-VL-8B in bf16
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def bench_prefix(rounds=7, group=8, draws=4, micro_batch=32):
         leaves = model.detach_prefix(prefix)
         for part in parts:
             (network.velocity(x[part], t[part], leaves) - target[part]).pow(2).sum().backward()
-        model.backward_prefix(prefix, leaves)
+        model.backward_prefixes([prefix], [leaves])
 
     def recomputed():
         for part in parts:
@@ -148,8 +149,7 @@ def bench_prefix(rounds=7, group=8, draws=4, micro_batch=32):
 
     a, b = gradient(shared), gradient(recomputed)
     seconds = interleaved({"recomputed": recomputed, "shared": shared}, rounds)
-    layout = model.prefix_layout(prompt)[1]
-    print(f"prefix of {len(layout)} tokens ({sum(block >= 0 for block in layout)} of the source image), {grid[0] * grid[1]} target "
+    print(f"prefix of {model.prefix_tokens(prompt)} tokens ({4 * sum(prompt.slots)} of the source image), {grid[0] * grid[1]} target "
           f"tokens, {group} images x {draws} timesteps; relative difference of the gradients {((a - b).norm() / b.norm()).item():.1e}")
     for kind, value in seconds.items():
         print(f"{kind:<12}{1000 * value:>8.1f} ms{seconds['recomputed'] / value:>8.2f}x")
@@ -262,8 +262,8 @@ def bench_denoise(config, sides, device, batch=8, steps=6, rounds=3, length=128)
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {batch} images of a prompt of {length} tokens, guidance 4; "
           f"a matrix product runs at {peak / 1e12:.3g} TFLOP/s\n{'':<28}{'s/image/step':>13}{'share of peak':>15}")
     for compiled in (False, True):
-        for block in network.transformer_blocks if compiled else ():
-            block.compile(dynamic=True)
+        if compiled:
+            model.compile_blocks(network)
         for side in sides:
             grid = (side // 16, side // 16)
             t, states = model.timesteps(scheduler, grid[0] * grid[1], steps), {}
@@ -332,30 +332,47 @@ def bench_gpu(part, sides):
 # ---- on paper ------------------------------------------------------------------------------------------------
 
 
-def bench_plan(args, config=REAL, text=128):
-    """Least time and the memory of one GRPO iteration with hybrid guidance and a KL term: FLOPs over the given FLOP/s, bytes by what
-    holds them. Marked ~: an estimate, not a count."""
-    side = args.size[0]
-    tokens, dim, layers = (side // 16) ** 2, config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+def plan_job(side, edit, micro_batch=None, offload=False, reference=True, judges=0, world=8, prompts=16, group=8, trained=4, text=200):
+    """A training run of grpo.py's defaults at the real size, as `plan_memory` sees it."""
+    tokens = (side // 16) ** 2
+    source = tokens if edit else 0
+    latents = 4 * prompts // world * group * tokens * REAL["in_channels"]  # bytes of one fp32 latent of every image of a step
+    share = 2 * sum(param.numel() for param in random_shapes(REAL)) // world
+    return model.Job(tokens=tokens, batch=8, rows=micro_batch or max(1, 8192 // tokens), pair=2 * source + text + 16, prefix=source + text,
+                     kept=latents * (2 * trained + trained * (1 + reference)), encoder=ENCODER, judges=judges, table=judges,
+                     parked=share * reference, offload=offload)
+
+
+def random_shapes(config):
     with torch.device("meta"):
-        count = sum(param.numel() for param in model.FlowTransformer(config).parameters())
-    images = args.prompts * args.group_size
-    forward, speed = images * model.forward_flops(config, tokens, random_prompt(config, text, 0)), 1e12 * args.tflops * args.gpus
+        return list(model.FlowTransformer(config).parameters())
+
+
+def bench_plan(args, config=REAL, text=200):
+    """Least time of one GRPO iteration with hybrid guidance and a KL term: FLOPs over the given FLOP/s; and its memory, by phase, in
+    every `Mode` that fits."""
+    side, edit = args.size[0], args.edit
+    job = plan_job(side, edit, args.micro_batch, args.offload, True, JUDGE * args.judge, args.gpus, args.prompts, args.group_size,
+                   args.timesteps, text)
+    images, source = args.prompts * args.group_size, job.tokens if edit else 0
+    prompt = model.Prompt(torch.empty(0), [False] * text + [True] * (source // 4), [])
+    forward, speed = images * model.forward_flops(config, job.tokens, prompt), 1e12 * args.tflops * args.gpus
     passes = {"rollout, guided": 2 * args.sampler_steps, "old and reference velocities": 2 * args.timesteps,
               "training": 3 * args.timesteps, "or training that recomputes activations": 4 * args.timesteps}
+    count = sum(param.numel() for param in random_shapes(config))
     print(f"{count:,} parameters on {args.gpus} GPUs at {args.tflops:g} TFLOP/s; {args.prompts} prompts x {args.group_size} images of "
-          f"{side} px, {args.sampler_steps} steps, {args.timesteps} trained")
+          f"{side} px{', edits of a source of that size' * edit}, {args.sampler_steps} steps, {args.timesteps} trained")
     for part, number in passes.items():
         print(f"  {part:<40}{number * forward / speed:>9.1f} s")
-    per_gpu = max(1, args.micro_batch or 8192 // tokens) * tokens
-    gib = {"weights, gradients, Adam in fp32": 16 * count / args.gpus, "slot in bf16": 2 * count,
-           "~ gathered blocks and reduction buffers": 2 * 3.4 * count / layers + (args.gpus > 1) * 4 * 2 * count / layers,
-           f"~ activations of {per_gpu // tokens} checkpointed rows": per_gpu * dim * 2 * (layers + 40),
-           "~ CUDA context, workspaces, NCCL": (1.5 + 1.5 * (args.gpus > 1)) * 2**30}
-    for part, value in gib.items():
-        print(f"  {part:<40}{value / 2**30:>9.1f} GiB")
-    total = sum(gib.values()) / 2**30
-    print(f"  {'together':<40}{total:>9.1f} GiB: {'fits' if total < args.gib else 'does not fit'} into {args.gib:g}")
+    size = args.gib * 2**30 - model.context_bytes(args.gpus)
+    print(f"GiB on a GPU of {args.gib:g}, {model.context_bytes(args.gpus) / 2**30:g} of them CUDA's and NCCL's")
+    for mode in model.MODES[::1 if args.judge else 2]:
+        most = model.RESERVED * max(model.memory_phases(config, REAL_VAE, args.gpus, job, mode).values())
+        print(f"  {most / 2**30:>6.1f} where {', '.join(model.describe(mode)[:2 + args.judge])}")
+    mode, phases = model.choose_mode(config, REAL_VAE, args.gpus, job, size)
+    print(f"{'; '.join(model.describe(mode)[:2 + args.judge])}\n  {model.in_words(phases)}")
+    print(f"{'fits' if model.RESERVED * max(phases.values()) <= size else 'does not fit'} into {args.gib:g}; host memory for all ranks, "
+          f"{model.in_words(model.host_bytes(config, args.gpus, job, pinned=True))}")
 
 
 BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards}
@@ -374,6 +391,9 @@ if __name__ == "__main__":
     add("--sampler-steps", type=int, default=40, help="(default: %(default)s)")
     add("--timesteps", type=int, default=4, help="trained (default: %(default)s)")
     add("--micro-batch", type=int, help="rows (default: 8192 tokens of them)")
+    add("--edit", action="store_true", help="edits of one source image instead of text-to-image")
+    add("--offload", action="store_true", help="as in grpo.py")
+    add("--judge", action="store_true", help="with an 8B judge on the GPU")
     args = parser.parse_args()
     if args.bench in BENCHES:
         BENCHES[args.bench]()

@@ -32,7 +32,7 @@ def test_iteration_runs_grpo_on_a_random_checkpoint(capsys):
 @pytest.mark.parametrize("gpus, gib, fits", [(1, 139, True), (1, 79, False), (8, 79, True)])
 def test_plan_counts_the_real_model(capsys, gpus, gib, fits):
     args = SimpleNamespace(gpus=gpus, gib=gib, tflops=790, size=[1024], prompts=1, group_size=1, sampler_steps=40, timesteps=4,
-                           micro_batch=None)
+                           micro_batch=None, edit=False, offload=False, judge=False)
     bench.bench_plan(args)
     out = capsys.readouterr().out
     assert out.startswith("7,115,124,736 parameters") and ("does not fit" not in out) == fits

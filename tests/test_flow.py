@@ -175,11 +175,14 @@ def test_image_generator_depends_on_its_key_only():
     assert (torch.cdist(starts, starts) + 99 * torch.eye(len(keys))).min() > 1
 
 
-def make_pairs():
-    """Two prompts of different lengths, one with a source image; the first has two images."""
-    a = (make_prompt(1, [5]), make_prompt(2, [2]))
-    b = (make_prompt(3, [2, 6], [(4, 2)]), make_prompt(4, [2, 1], [(4, 2)]))
+def make_pairs(before=(), sources=()):
+    """Two prompts of different lengths, with the same text before the same source images; the first has two images."""
+    a, b = ([make_prompt(seed + i, [*before, length], sources) for i, length in enumerate(lengths)]
+            for seed, lengths in ((1, (5, 2)), (3, (8, 3))))
     return [a, a, b]
+
+
+WITH_SOURCES = pytest.mark.parametrize("layout", [(), ([2], [(4, 2)])], ids=["text", "a source"])
 
 
 def generators(count):
@@ -214,10 +217,11 @@ def naive_sample(network, pairs, generators, t, sigma, cfg):
     return states
 
 
+@WITH_SOURCES
 @pytest.mark.parametrize("cfg", [1, 3])
 @torch.no_grad()
-def test_sampler_equals_a_naive_loop_bit_for_bit(network, cfg):
-    pairs = make_pairs()
+def test_sampler_equals_a_naive_loop_bit_for_bit(network, cfg, layout):
+    pairs = make_pairs(*layout)
     states = naive_sample(network, pairs, generators(3), SCHEDULE, MIXED, cfg)
     x, kept = model.Sampler(network, graphs=False)(pairs, generators(3), GRID, SCHEDULE, MIXED, cfg, keep=range(7))
     assert sorted(kept) == list(range(7)) and torch.equal(x, kept[6])
@@ -264,7 +268,7 @@ def test_same_buffers_serve_other_prompts_of_the_same_shape(network):
 
 @torch.no_grad()
 def test_shapes_take_turns_in_one_arena(network):
-    """A longer prompt needs a larger arena, which sends every other entry away; shorter ones leave it as it is."""
+    """A longer prompt needs a larger arena, which sends every other entry away, unless it was made for the longest."""
     sampler, arguments = model.Sampler(network, graphs=False), (GRID, SCHEDULE, MIXED, 3)
     pairs = {length: (make_prompt(length, [length]), make_prompt(1, [2])) for length in (4, 9, 6)}
     for length, entries in ((4, 1), (9, 1), (6, 2), (4, 3), (9, 3), (6, 3)):
@@ -273,13 +277,41 @@ def test_shapes_take_turns_in_one_arena(network):
         assert torch.equal(x, fresh) and len(sampler.entries) == entries
     places = {kv.untyped_storage().data_ptr() for b in sampler.entries.values() for pair in b.cond.kv + b.uncond.kv for kv in pair}
     assert places == {sampler.arena.untyped_storage().data_ptr()}
+    sampler = model.Sampler(network, graphs=False, longest=11)
+    for length, entries in ((4, 1), (9, 2), (6, 3)):
+        sampler([pairs[length]] * 2, generators(2), *arguments)
+        assert len(sampler.entries) == entries
+
+
+def test_a_batch_holds_one_prompt_unless_pictures_are_small():
+    """Small ones share a batch with those of other prompts of the same image layout."""
+    text, source = [(make_prompt(i, [i + 3]),) for i in range(3)], [(make_prompt(i, [2, i + 3], [(2, 2)]),) for i in range(2)]
+    encoded = dict(enumerate(text + source))
+    images = [(0, prompt, image) for prompt in encoded for image in range(3)]
+
+    def prompts_of_batches(size, tokens):
+        batches = list(model.split_batches(images, encoded, size, tokens))
+        assert sum(batches, []) == images
+        return [[prompt for _, prompt, _ in batch] for batch in batches]
+
+    assert prompts_of_batches(2, 4096) == [[i] * n for i in range(5) for n in (2, 1)]
+    assert prompts_of_batches(8, 4096) == [[i] * 3 for i in range(5)]
+    assert prompts_of_batches(64, 16) == [[0] * 3 + [1] * 3 + [2] * 3, [3] * 3 + [4] * 3]
+    assert prompts_of_batches(64, 256) == [[0] * 3 + [1], [1] * 2 + [2] * 2, [2], [3] * 3 + [4], [4] * 2]
+
+
+def test_prompts_of_different_image_layouts_are_not_one_batch(network):
+    for other in (make_prompt(2, [3, 4], [(2, 2)]), make_prompt(2, [2, 4], [(2, 4)]), make_prompt(2, [9])):
+        with pytest.raises(ValueError, match="source images of the same sizes at the same places"):
+            network.prefix([make_prompt(1, [2, 3], [(2, 2)]), other], GRID)
 
 
 @pytest.mark.parametrize("rows", [[2] * 5, [0, 1, 2, 2, 0]], ids=["one prompt", "two prompts"])
 @torch.no_grad()
-def test_splitting_a_batch_does_not_change_the_images(network, rows):
+@WITH_SOURCES
+def test_splitting_a_batch_does_not_change_the_images(network, rows, layout):
     """Images sampled together, or two and then three; relative error 1e-5."""
-    pairs, sampler = make_pairs(), model.Sampler(network, graphs=False)
+    pairs, sampler = make_pairs(*layout), model.Sampler(network, graphs=False)
     pairs = [pairs[row] for row in rows]
     together, _ = sampler(pairs, generators(5), GRID, SCHEDULE, MIXED, 3)
     alone = [sampler(pairs[part], generators(5)[part], GRID, SCHEDULE, MIXED, 3)[0] for part in (slice(2), slice(2, 5))]
@@ -308,7 +340,7 @@ def test_shared_prefix_gradients_equal_plain_autograd(network, layout, checkpoin
     for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
         (network.velocity(x[rows], t[rows], leaves) - target[rows]).pow(2).sum().backward()
     assert all(param.grad is None for param in network.txt_in.parameters())
-    model.backward_prefix(prefix, leaves)
+    model.backward_prefixes([prefix], [leaves])
 
     for name, param in network.named_parameters():
         assert expected[name].norm() > 0, name

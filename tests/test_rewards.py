@@ -57,7 +57,7 @@ def patient(monkeypatch):
 @pytest.mark.parametrize("name", ["aesthetic", "alignment"])
 def test_remote_scores_equal_local_ones(name):
     """The same VLM, once here and once behind HTTP, which writes its whole answer; the alignment scorer thinks first."""
-    (local,) = model.load_rewards([name], make.OUT, torch.float32, {})
+    (local,) = model.load_rewards([name], make.OUT, torch.device("cpu"), {})
     assert bool(local.score.reasoning) == (name == "alignment")
     rng = np.random.default_rng(3)
     scenes = [world.sample_scene(rng) for _ in range(6)]
@@ -77,7 +77,7 @@ def test_a_request_shows_sources_first_and_asks_as_the_local_scorer_does(tmp_pat
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     request = model.Request("make it {new}", sources=(str(tmp_path / "0.png"), str(tmp_path / "1.png")))
     with serve(lambda number, text, pictures, body: answered(pictures[-1])) as server:
-        (reward,) = model.load_rewards([f"consistency={server.url}/"], make.OUT, torch.float32, {})
+        (reward,) = model.load_rewards([f"consistency={server.url}/"], make.OUT, torch.device("cpu"), {})
         assert [round(score, 3) for score, _ in reward([grey(51), clear], [request, request])] == [1.8, 5]
         model.RemoteScorer(server.url, "Nice?", reasoning=50)([grey(0)], ["x"], [[]])
     shown = {text: [] for text, _ in server.asked}
@@ -158,7 +158,7 @@ def test_the_last_score_of_an_answer_counts():
 def test_a_server_that_is_not_there_or_of_another_kind_is_an_error_at_once(patient, models):
     def refused():
         with pytest.raises(ConnectionError, match=f"{server.url}/models does not answer"):
-            model.load_rewards([f"aesthetic={server.url}"], make.OUT, torch.float32, {})
+            model.load_rewards([f"aesthetic={server.url}"], make.OUT, torch.device("cpu"), {})
 
     with serve(None, models) as server:
         refused()
@@ -402,8 +402,8 @@ def test_identity_without_insightface_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface", None)
     monkeypatch.setitem(sys.modules, "insightface.app", None)
     with pytest.raises(ImportError, match="pip install insightface onnxruntime.*identity=file.py:embed"):
-        model.load_rewards(["identity"], make.OUT, torch.float32, {})
-    (reward,) = model.load_rewards([f"identity={WORLD}:embed_faces"], make.OUT, torch.float32, {})
+        model.load_rewards(["identity"], make.OUT, torch.device("cpu"), {})
+    (reward,) = model.load_rewards([f"identity={WORLD}:embed_faces"], make.OUT, torch.device("cpu"), {})
     assert reward.score([face("red")], [""], [[face("red")]]) == [pytest.approx(1)]
 
 
@@ -412,7 +412,7 @@ def test_identity_without_insightface_says_what_to_install(monkeypatch):
 
 def load(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return model.load_rewards([str(path)], make.OUT, torch.float32, {})
+    return model.load_rewards([str(path)], make.OUT, torch.device("cpu"), {})
 
 
 def test_a_reward_file_gives_weights_per_category_ranges_and_sources_beside_it(tmp_path):
@@ -464,14 +464,14 @@ def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
 def test_names_differ_and_a_reward_file_stands_alone(specs):
     specs = [str(ROOT / "tests/tiny" / spec) if spec.endswith(".json") else spec.format(SOURCE["source"]) for spec in specs]
     with pytest.raises(ValueError, match="want different names, or one JSON file alone"):
-        model.load_rewards(specs, make.OUT, torch.float32, {})
+        model.load_rewards(specs, make.OUT, torch.device("cpu"), {})
 
 
 @pytest.mark.skipif(not all((make.OUT / "rewards" / name).is_dir() for name in ("portrait", "instruction", "consistency")),
                     reason="these scorers are not made yet")
 @pytest.mark.parametrize("file", ["rewards.json", "rewards_edit.json"])
 def test_the_tiny_worlds_reward_files_load(file):
-    rewards = model.load_rewards([str(ROOT / "tests/tiny" / file)], make.OUT, torch.float32, {})
+    rewards = model.load_rewards([str(ROOT / "tests/tiny" / file)], make.OUT, torch.device("cpu"), {})
     assert len(rewards) == 3 and not any("zero-shot" in reward.source for reward in rewards)
     for reward in rewards:
         assert reward.name == "identity" or reward.score.rubric == model.RUBRICS[reward.name]

@@ -302,7 +302,7 @@ def test_trained_scorer_loads_and_scores_with_the_rubric_it_was_trained_on(nicen
     assert card(niceness)["rubrics"] == {"niceness": "How nice is this from 1 to 5? {prompt}"} and card(niceness)["reasoning"] == 0
     assert table["n"] == 48 and table["failed"] == 0 and table["srcc"] > 0.3 and table["mass"] > 0.9
     assert Image.open(niceness / "scatter.png").size == (720, 420)
-    (reward,) = model.load_rewards([f"niceness={niceness}"], make.OUT, torch.float32, {})
+    (reward,) = model.load_rewards([f"niceness={niceness}"], make.OUT, torch.device("cpu"), {})
     text = model.score_text(reward.score.processor.tokenizer, reward.score.rubric, "a red circle", 1, False)
     assert "How nice is this from 1 to 5? a red circle" in text and text.endswith("<|im_start|>assistant\n")
     rows = [row[0] for row in train_reward.load_data(SCORES, "niceness")[0]]
@@ -326,7 +326,7 @@ def test_pairs_teach_which_picture_is_better(tmp_path):
     held_out = card(tmp_path / "out")["held_out"]
     assert held_out["data.jsonl"]["n"] == 16 and held_out["data.jsonl"]["pair_accuracy"] > 0.9
     assert held_out["aesthetic.jsonl"]["n"] == 48 and "srcc" in held_out["aesthetic.jsonl"]
-    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.float32, {})
+    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.device("cpu"), {})
     images = [Image.open(example.pictures[0]) for row in train_reward.load_data(data, "aesthetic")[0] for example in row]
     scores = reward.score(images, ["a"] * 32, [[]] * 32)
     assert np.mean(np.subtract(scores[0::2], scores[1::2])) > 1
@@ -343,7 +343,7 @@ def test_reasoning_is_learnt_and_read_before_the_score(tmp_path):
     printed = run(tmp_path / "out", "--reward", "aesthetic", "--data", data, "--eval-data", data, "--steps", 100, "--batch", 8,
                   "--pixels", 64 * 64, "--lr", 3e-3)
     assert "with reasoning" in printed and 16 < card(tmp_path / "out")["reasoning"] < 64
-    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.float32, {})
+    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.device("cpu"), {})
     scores, masses, thoughts = zip(*reward.score.read(images, ["a"] * 8, [[]] * 8))
     assert sum(thought == line["reasoning"] + "\n" for thought, line in zip(thoughts, lines)) >= 7
     assert sum(abs(score - line["score"]) < 0.5 for score, line in zip(scores, lines)) >= 7 and min(masses) > 0.5
@@ -416,7 +416,7 @@ def test_any_qwen_vl_can_be_trained_on_several_rewards_and_edits(tmp_path, proce
         "--data", data, "--eval-data", data, "--steps", 2, "--batch", 4, "--pixels", 64 * 64)
     assert card(tmp_path / "out")["rubrics"] == {name: model.RUBRICS[name] for name in ("consistency", "instruction")}
     assert card(tmp_path / "out")["held_out"]["data.jsonl"]["n"] == 4
-    rewards = model.load_rewards([f"{name}={tmp_path / 'out'}" for name in names], make.OUT, torch.float32, vlms := {})
+    rewards = model.load_rewards([f"{name}={tmp_path / 'out'}" for name in names], make.OUT, torch.device("cpu"), vlms := {})
     assert len(vlms) == 1 and type(rewards[0].score.vlm).__name__ == "Qwen2_5_VLForConditionalGeneration"
     picture = Image.open(tmp_path / "x.png")
     for reward in rewards:
@@ -437,39 +437,86 @@ def test_reward_sources(tmp_path, niceness):
     (tmp_path / "rewards" / "shared").mkdir(parents=True)
     (tmp_path / "rewards" / "shared" / "reward.json").write_text('{"weights": "../niceness"}')
     (tmp_path / "rewards" / "niceness").symlink_to(niceness)
-    rewards = model.load_rewards(["niceness", "shared", f"other={niceness}", f"oracle={ORACLE}"], tmp_path, torch.float32, vlms := {})
+    rewards = model.load_rewards(["niceness", "shared", f"other={niceness}", f"oracle={ORACLE}"], tmp_path, torch.device("cpu"), vlms := {})
     assert [reward.weight for reward in rewards] == [1 / 4] * 4 and list(vlms) == [niceness.resolve()]
     assert all(r.score.vlm is vlms[niceness.resolve()] and r.score.rubric.startswith("How nice") for r in rewards[:3])
     with pytest.raises(ValueError, match="no such rubric"):
-        model.load_rewards(["beauty"], tmp_path, torch.float32, {})
+        model.load_rewards(["beauty"], tmp_path, torch.device("cpu"), {})
     with pytest.raises(FileNotFoundError, match="no file nowhere.py"):
-        model.load_rewards(["x=nowhere.py:f"], tmp_path, torch.float32, {})
+        model.load_rewards(["x=nowhere.py:f"], tmp_path, torch.device("cpu"), {})
     with pytest.raises(AttributeError, match="no function missing"):
-        model.load_rewards([f"x={ORACLE.partition(':')[0]}:missing"], tmp_path, torch.float32, {})
+        model.load_rewards([f"x={ORACLE.partition(':')[0]}:missing"], tmp_path, torch.device("cpu"), {})
 
 
 def test_text_encoder_judges_zero_shot_when_there_is_no_trained_model(tmp_path):
     for path in make.OUT.iterdir():
         if path.name != "rewards":
             (tmp_path / path.name).symlink_to(path)
-    reward, other = model.load_rewards(["aesthetic", "alignment"], tmp_path, torch.float32, vlms := {})
+    reward, other = model.load_rewards(["aesthetic", "alignment"], tmp_path, torch.device("cpu"), vlms := {})
     assert "zero-shot" in reward.source and reward.score.vlm is other.score.vlm and len(vlms) == 1
     (score,) = reward.score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]])
     assert isinstance(score, ValueError) and "of the probability is on the scores 1-5" in str(score)  # the tiny one cannot judge
 
 
-def test_judges_come_back_from_the_gpu_as_they_left(niceness, monkeypatch):
-    rewards = model.load_rewards([f"a={niceness}", f"b={niceness}"], make.OUT, torch.float32, vlms := {})
-    (vlm,) = vlms.values()
-    before = [(x, x.data_ptr(), x.clone()) for x in (*vlm.parameters(), *vlm.buffers())]
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: x.clone())  # stands in for a GPU
+def test_judges_come_back_as_they_left(niceness):
+    rewards = model.load_rewards([f"a={niceness}", f"b={niceness}"], make.OUT, torch.device("cpu"), vlms := {})
+    (vlm,), size = vlms.values(), model.vlm_bytes(rewards)
+    before = [(x, x.clone()) for x in (*vlm.parameters(), *vlm.buffers())]
+    (score,) = rewards[0].score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]])
     for _ in range(2):
-        model.move_judges(rewards, SimpleNamespace(type="cuda"))
-        assert all(x.data_ptr() != address and torch.equal(x, value) for x, address, value in before)
-        for x, _, _ in before:
-            x.data.zero_()  # whatever became of the GPU's copy
-        model.move_judges(rewards, torch.device("cpu"))
-        assert all(x.data_ptr() == address and torch.equal(x, value) for x, address, value in before)
+        model.unseat_judges(rewards)
+        assert all(x.numel() == 0 for x, _ in before) and model.vlm_bytes(rewards) == size
+        model.seat_judges(rewards, torch.device("cpu"))
+        assert all(torch.equal(x, value) for x, value in before)
+    assert rewards[0].score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]]) == (score,)
+
+
+HALVES = """
+import sys, torch, torch.distributed as dist, model
+rank, world, device = model.setup()
+rewards = model.load_rewards(["x=" + sys.argv[1]], model.Path(sys.argv[2]), device, {})
+vlm = rewards[0].score.vlm
+before = {name: x.clone() for name, x in (*vlm.named_parameters(), *vlm.named_buffers())}
+model.unseat_judges(rewards)
+held = sum(x.share.nbytes for x in (*vlm.parameters(), *vlm.buffers()))
+model.seat_judges(rewards, device)
+after = dict((*vlm.named_parameters(), *vlm.named_buffers()))
+print("SHARE", held / model.vlm_bytes(rewards), all(torch.equal(after[name], x) for name, x in before.items()))
+del vlm, rewards
+dist.destroy_process_group()
+"""
+
+
+def test_a_machine_holds_a_judge_once(niceness, tmp_path):
+    (tmp_path / "halves.py").write_text(HALVES)
+    printed, failed = start_script(tmp_path, niceness, make.OUT, script=tmp_path / "halves.py", processes=2)
+    shares = [line.split()[1:] for line in printed.splitlines() if line.startswith("SHARE")]
+    assert not failed and len(shares) == 2, printed[-2000:]
+    assert all(abs(float(share) - 0.5) < 0.01 and same == "True" for share, same in shares)
+
+
+def test_pictures_are_batched_by_their_pixels():
+    scorer = model.VLMScorer.__new__(model.VLMScorer)
+    picture = lambda side: Image.new("RGB", (side, side))  # noqa: E731
+    assert list(scorer.batches([[picture(64)]] * 40)) == [list(range(32)), list(range(32, 40))]
+    assert list(scorer.batches([[picture(1024), picture(1024)]] * 5)) == [[0, 1, 2, 3], [4]]
+    assert list(scorer.batches([[picture(4096)], [picture(64)], [picture(64)]])) == [[0], [1, 2]]  # one a batch at least
+
+
+def test_scores_are_as_fine_in_bf16_as_in_fp32():
+    """Hidden states in bf16, logits near 20, as large VLMs have them: the head's product must not round scores to a grid."""
+    torch.manual_seed(0)
+    vlm = model.load_vlm(make.OUT / "text_encoder", "cpu", torch.bfloat16)
+    head, hidden = vlm.get_output_embeddings(), torch.randn(64, 1, 1).expand(64, 1, vlm.config.text_config.hidden_size) * 0.02 + 1
+    rows = torch.linspace(19, 21, 5)[:, None] / hidden.shape[-1]
+    head.weight.data[:5] = rows.to(torch.bfloat16)
+    head.weight.data[5:] = -rows[0].to(torch.bfloat16)
+    tokens, hidden = list(range(5)), hidden.to(torch.bfloat16)
+    exact, _ = model.expected_score((hidden[:, 0].double() @ head.weight.double().T), tokens)
+    ours, _ = model.expected_score(head(hidden)[:, 0], tokens)
+    coarse, _ = model.expected_score(torch.nn.functional.linear(hidden, head.weight)[:, 0], tokens)
+    assert len(set(hidden[:, 0, 0].tolist())) == len(set(ours.tolist())) > 1.5 * len(set(coarse.tolist()))
+    assert (ours - exact).abs().max() < 1e-5 < 3e-3 < (coarse - exact).abs().max()
 
 
 # The tiny scorers
@@ -498,7 +545,7 @@ def scored(fresh):
     @functools.cache
     def score(name, part):
         prompts, images, sources = zip(*((row[0], row[1], list(row[2:])) for row in fresh[KINDS[name]][part]))
-        (reward,) = model.load_rewards([name], make.OUT, torch.float32, {})
+        (reward,) = model.load_rewards([name], make.OUT, torch.device("cpu"), {})
         scores = reward.score(images, prompts, sources)
         truth = getattr(world, f"{name}_reward")(images, prompts, sources)
         valid = [i for i, found in enumerate(scores) if not isinstance(found, Exception)]
@@ -555,7 +602,7 @@ def test_the_alignment_scorer_says_what_is_in_the_picture(fresh):
     seen = [objects(world.describe(world.read(image))) for _, image in rows]
     clear = [i for i, things in enumerate(seen) if not any("unclear" in thing for thing in things)]
     prompts, images = zip(*(rows[i] for i in clear))
-    (reward,) = model.load_rewards(["alignment"], make.OUT, torch.float32, {})
+    (reward,) = model.load_rewards(["alignment"], make.OUT, torch.device("cpu"), {})
     answers = reward.score.read(images, prompts, [[]] * len(images))
     said, seen = [objects(thought or "") for _, _, thought in answers], [seen[i] for i in clear]
     right = np.array([a == b for a, b in zip(said, seen)])

@@ -337,7 +337,7 @@ def make_flow(steps=3600):
         x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT  # (B, N, C)
         eps, t = torch.randn_like(x0), torch.sigmoid(torch.randn(size) + 0.5)
         x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps                                             # Eq. 1
-        loss = (flow(x, t, prompts, (4, 4)) - (eps - x0)).pow(2).mean()                                      # Eq. 2
+        loss = (flow.velocity(x, t, flow.prefix(prompts, (4, 4))) - (eps - x0)).pow(2).mean()                # Eq. 2
         update(opts, loss, step / steps, 0.5)
         decay = min(0.998, step / (step + 10))
         for key, value in flow.state_dict().items():
