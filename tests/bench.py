@@ -4,8 +4,6 @@
     python tests/bench.py prefix       # an edit update with the shared prefix against recomputing it for every row
     python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
-    python tests/bench.py denoise --size 512 1024         # a GPU: the 7B shape with random weights: eager, graph, compiled
-    python tests/bench.py iteration --size 512            # a GPU of 140 GB, 32 GB of disk: whole GRPO iterations at that shape
     python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
 
 What is compared runs interleaved in one process; tables give medians.
@@ -14,9 +12,7 @@ What is compared runs interleaved in one process; tables give medians.
 import argparse
 import importlib.util
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +26,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import model  # noqa: E402  before torch: it sets the number of threads
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from huggingface_hub import save_torch_state_dict  # noqa: E402
 
 BATCH, BATCHES = 16, 4  # images a rollout batch, batches a step
 REAL = dict(_class_name="QwenImage21Transformer2DModel", patch_size=1, in_channels=64, out_channels=64, num_layers=32,
@@ -247,100 +242,26 @@ def random_network(config, device, dtype):
     return network
 
 
-def random_prompt(config, length, seed):
-    embeds = torch.randn(length, config["context_in_dim"], generator=torch.Generator().manual_seed(seed))
-    return model.Prompt(embeds, [False] * length, [])
-
-
-def bench_denoise(config, sides, device, batch=8, steps=6, rounds=3, length=128):
-    """Seconds of one image's step with guidance: eager, graph, compiled blocks, both; in the same process, same weights."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `setup` does
-    dtype, peak = model.compute_dtype(device), model.matmul_peak(device)
-    network = random_network(config, device, dtype)
-    pair = random_prompt(config, length, 0), random_prompt(config, 10, 1)
-    scheduler = model.read_config(TINY / "model" / "scheduler" / "scheduler_config.json")
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {batch} images of a prompt of {length} tokens, guidance 4; "
-          f"a matrix product runs at {peak / 1e12:.3g} TFLOP/s\n{'':<28}{'s/image/step':>13}{'share of peak':>15}")
-    for compiled in (False, True):
-        if compiled:
-            model.compile_blocks(network)
-        for side in sides:
-            grid = (side // 16, side // 16)
-            t, states = model.timesteps(scheduler, grid[0] * grid[1], steps), {}
-            samplers = {"eager": model.Sampler(network, False), "graph": model.Sampler(network, True)}
-            if device.type != "cuda":
-                del samplers["graph"]
-
-            def sample(kind):
-                generators = [model.image_generator(0, 0, 0, g) for g in range(batch)]
-                states[kind] = samplers[kind]([pair] * batch, generators, grid, t, torch.zeros(steps), 4.0)[0]
-
-            seconds = interleaved({kind: lambda kind=kind: sample(kind) for kind in samplers}, rounds)
-            work = sum(model.forward_flops(config, grid[0] * grid[1], prompt) for prompt in pair)
-            for kind, value in seconds.items():
-                value /= steps * batch
-                name = f"{side} px, {'compiled, ' * compiled}{kind}"
-                print(f"{name:<28}{value:>13.4f}{work / value / peak:>15.1%}")
-            if "graph" in states:
-                print(f"{side} px: graph and eager differ by {(states['graph'] - states['eager']).abs().max().item():.1e}; "
-                      f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB so far at most")
-
-
-def random_checkpoint(folder, config, vae):
-    """A model directory of this shape with random weights, and the tiny world's text encoder and prompts."""
-    root = Path(folder) / "model"
-    (root / "vae").mkdir(parents=True)
-    (root / "transformer").mkdir()
-    for name in ("processor", "scheduler", "text_encoder"):
-        (root / name).symlink_to(TINY / "model" / name)
-    index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"guidance_scale": 4.0}}
-    model.write_text(root / "model_index.json", json.dumps(index))
-    for name, network in (("transformer", random_network(config, "cpu", torch.bfloat16)), ("vae", model.VAE(vae).to(torch.bfloat16))):
-        model.write_text(root / name / "config.json", json.dumps(network.config))
-        save_torch_state_dict(network.state_dict(), root / name, filename_pattern=model.WEIGHTS + "{suffix}.safetensors")
-    return root
-
-
-def bench_iteration(config, vae, sides, arguments=(), steps=3):
-    """Whole GRPO iterations by grpo.py with a free reward: where the time goes, MFU, peak memory; the last of `steps`."""
-    print(f"{'':<28}{'rollout':>9}{'frozen':>9}{'waiting':>9}{'train':>9}{'MFU':>7}{'GiB':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        root = random_checkpoint(folder, config, vae)
-        for side in sides:
-            for flags in ([], ["--compile"]):
-                name = "-".join(["run", str(side), *flags])
-                command = [sys.executable, str(ROOT / "grpo.py"), "--model", str(root), "--name", name, "--size", str(side), str(side),
-                           "--reward", f"r={__file__}:free", "--steps", str(steps), "--eval-images", "0", "--sample-every", "0",
-                           "--save-every", "0", *flags, *arguments]
-                run_quietly(command, cwd=folder)
-                line = json.loads((Path(folder) / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
-                parts = "".join(f"{line['seconds'][part]:>9.2f}" for part in ("rollout", "frozen", "reward_wait", "train"))
-                shutil.rmtree(Path(folder) / "runs" / name)  # holds a model
-                print(f"{f'{side} px {chr(32).join(flags)}':<28}{parts}{line['mfu']:>7.1%}{line['peak_gib'] or math.nan:>8.1f}")
-
-
-
-def bench_gpu(part, sides):
-    if not torch.cuda.is_available():
-        raise SystemExit(f"bench.py {part} needs a CUDA GPU")
-    if part == "denoise":
-        bench_denoise(REAL, sides, torch.device("cuda", 0))
-    else:
-        bench_iteration(REAL | {"context_in_dim": 96}, REAL_VAE, sides, ["--prompts-per-step", "2", "--group-size", "8"], steps=2)
+def random_prompt(config, length, seed, source=None):
+    """A prompt of so many text tokens, after a source image of `source` = (h, w) latents if there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = [False] * 4 + [True] * (source[0] * source[1] // 4) + [False] * (length - 4) if source else [False] * length
+    sources = [torch.randn(config["in_channels"], *source, generator=generator)] if source else []
+    return model.Prompt(torch.randn(len(slots), config["context_in_dim"], generator=generator), slots, sources)
 
 
 # ---- on paper ------------------------------------------------------------------------------------------------
 
 
-def plan_job(side, edit, micro_batch=None, offload=False, reference=True, judges=0, world=8, prompts=16, group=8, trained=4, text=200):
-    """A training run of grpo.py's defaults at the real size, as `plan_memory` sees it."""
+def plan_job(side, edit, micro_batch=None, offload=False, judges=0, world=8, prompts=16, group=8, latents=16, text=200):
+    """A training run at the real size with a KL to the reference, as `plan_memory` sees it. latents: how many of each image's wait for
+    the updates: states before and after 4 trained steps, old and reference velocities."""
     tokens = (side // 16) ** 2
     source = tokens if edit else 0
-    latents = 4 * prompts // world * group * tokens * REAL["in_channels"]  # bytes of one fp32 latent of every image of a step
+    one = 4 * prompts // world * group * tokens * REAL["in_channels"]  # bytes of one fp32 latent of every image of a step
     share = 2 * sum(param.numel() for param in random_shapes(REAL)) // world
     return model.Job(tokens=tokens, batch=8, rows=micro_batch or max(1, 8192 // tokens), pair=2 * source + text + 16, prefix=source + text,
-                     kept=latents * (2 * trained + trained * (1 + reference)), encoder=ENCODER, judges=judges, table=judges,
-                     parked=share * reference, offload=offload)
+                     kept=one * latents, encoder=ENCODER, judges=judges, table=judges, parked=share, offload=offload)
 
 
 def random_shapes(config):
@@ -351,9 +272,9 @@ def random_shapes(config):
 def bench_plan(args, config=REAL, text=200):
     """Least time of one GRPO iteration with hybrid guidance and a KL term: FLOPs over the given FLOP/s; and its memory, by phase, in
     every `Mode` that fits."""
-    side, edit = args.size[0], args.edit
-    job = plan_job(side, edit, args.micro_batch, args.offload, True, JUDGE * args.judge, args.gpus, args.prompts, args.group_size,
-                   args.timesteps, text)
+    side, edit = args.size, args.edit
+    job = plan_job(side, edit, args.micro_batch, args.offload, JUDGE * args.judge, args.gpus, args.prompts, args.group_size,
+                   4 * args.timesteps, text)
     images, source = args.prompts * args.group_size, job.tokens if edit else 0
     prompt = model.Prompt(torch.empty(0), [False] * text + [True] * (source // 4), [])
     forward, speed = images * model.forward_flops(config, job.tokens, prompt), 1e12 * args.tflops * args.gpus
@@ -364,14 +285,15 @@ def bench_plan(args, config=REAL, text=200):
           f"{side} px{', edits of a source of that size' * edit}, {args.sampler_steps} steps, {args.timesteps} trained")
     for part, number in passes.items():
         print(f"  {part:<40}{number * forward / speed:>9.1f} s")
-    size = args.gib * 2**30 - model.context_bytes(args.gpus)
-    print(f"GiB on a GPU of {args.gib:g}, {model.context_bytes(args.gpus) / 2**30:g} of them CUDA's and NCCL's")
+    context = model.context_bytes(args.gpus)
+    size = args.gib * 2**30 - context - model.SLACK
+    print(f"GiB on a GPU of {args.gib:g}, less {context / 2**30:g} for CUDA and NCCL and {model.SLACK / 2**30:g} for fragmentation")
     for mode in model.MODES[::1 if args.judge else 2]:
-        most = model.RESERVED * max(model.memory_phases(config, REAL_VAE, args.gpus, job, mode).values())
+        most = max(model.memory_phases(config, REAL_VAE, args.gpus, job, mode).values())
         print(f"  {most / 2**30:>6.1f} where {', '.join(model.describe(mode)[:2 + args.judge])}")
     mode, phases = model.choose_mode(config, REAL_VAE, args.gpus, job, size)
     print(f"{'; '.join(model.describe(mode)[:2 + args.judge])}\n  {model.in_words(phases)}")
-    print(f"{'fits' if model.RESERVED * max(phases.values()) <= size else 'does not fit'} into {args.gib:g}; host memory for all ranks, "
+    print(f"{'fits' if max(phases.values()) <= size else 'does not fit'} into {args.gib:g}; host memory for all ranks, "
           f"{model.in_words(model.host_bytes(config, args.gpus, job, pinned=True))}")
 
 
@@ -379,10 +301,9 @@ BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_gro
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=[*BENCHES, "denoise", "iteration", "plan"])
-    add = parser.add_argument_group("denoise, iteration, plan").add_argument
-    add("--size", type=int, nargs="+", default=[1024], help="pixels of a side; of plan only one (default: 1024)")
+    parser.add_argument("bench", choices=[*BENCHES, "plan"])
     add = parser.add_argument_group("plan").add_argument
+    add("--size", type=int, default=1024, help="pixels of a side (default: %(default)s)")
     add("--gpus", type=int, default=8, help="(default: %(default)s)")
     add("--gib", type=float, default=79, help="memory of a GPU (default: %(default)s)")
     add("--tflops", type=float, default=700, help="what a matrix product reaches (default: %(default)s)")
@@ -395,9 +316,7 @@ if __name__ == "__main__":
     add("--offload", action="store_true", help="as in grpo.py")
     add("--judge", action="store_true", help="with an 8B judge on the GPU")
     args = parser.parse_args()
-    if args.bench in BENCHES:
-        BENCHES[args.bench]()
-    elif args.bench == "plan":
+    if args.bench == "plan":
         bench_plan(args)
     else:
-        bench_gpu(args.bench, args.size)
+        BENCHES[args.bench]()

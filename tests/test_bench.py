@@ -1,5 +1,9 @@
 """bench.py on small shapes: what it says of the real ones comes from the same lines."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,31 +11,50 @@ import torch
 
 import bench
 import model
+from runs import ENVIRONMENT, ROOT
 
-SMALL = bench.REAL | dict(in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-                          axes_dims_rope=[4, 6, 6], context_in_dim=96)
-SMALL_VAE = bench.REAL_VAE | dict(base_dim=4, decoder_base_dim=4, z_dim=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
-
-
-@pytest.mark.slow
-def test_denoise_compares_eager_and_compiled_blocks(capsys):
-    bench.bench_denoise(SMALL, (64,), torch.device("cpu"), batch=2, steps=2, rounds=1, length=5)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == ["64 px, eager", "64 px, compiled, eager"]
-    assert all(float(line.split()[-3]) > 0 and float(line.split()[-2].rstrip("%")) > 0 for line in lines[2:])
+RUNS = json.loads((Path(__file__).parent / "memory.json").read_text())["runs"]
 
 
-@pytest.mark.slow
-def test_iteration_runs_grpo_on_a_random_checkpoint(capsys):
-    bench.bench_iteration(SMALL, SMALL_VAE, (64,), ["--prompts-per-step", "2", "--group-size", "2", "--sampler-steps", "8"], steps=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("64 px ") and lines[2].startswith("64 px --compile")
-    assert all(float(cell) >= 0 for line in lines[1:] for cell in line.split()[-6:-2])
+@pytest.mark.parametrize("parts", [["machine", "denoise", "iteration", "vae"],
+                                   pytest.param(["tests", "tiny", "compiled"], marks=pytest.mark.slow)])
+def test_the_gpu_check_runs_without_one(tmp_path, parts):
+    done = subprocess.run([sys.executable, str(ROOT / "tests/gpu.py"), *parts], capture_output=True, text=True, timeout=400,
+                          env=ENVIRONMENT | {"OUT": str(tmp_path)})
+    assert done.returncode == 0, done.stdout
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(results) == parts and all(result["rows"] and not result["error"] for result in results.values())
+    if "iteration" in parts:
+        assert ["first ratio - 1, in float32", "[0.0, 0.0]", "0"] in results["iteration"]["rows"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])
+def test_the_plan_agrees_with_simulated_runs(run):
+    """What is allocated at most within 10%; the allocator's surplus within its allowance."""
+    sizes = {key: run[key] for key in ("edit", "latents", "group", "offload") if key in run}
+    job = bench.plan_job(run["side"], world=run["world"], **({"edit": False} | sizes))
+    size = run["gib"] * 2**30 - model.context_bytes(run["world"]) - model.SLACK
+    _, phases = model.choose_mode(bench.REAL, bench.REAL_VAE, run["world"], job, size)
+    planned = max(phases.values()) / 2**30
+    assert planned == pytest.approx(run["allocated"], rel=0.1) and planned <= size / 2**30
+    assert run["reserved"] - run["allocated"] < model.SLACK / 2**30 and run["reserved"] <= 1.25 * run["allocated"]
+
+
+def test_what_does_not_fit_is_refused_with_its_numbers(monkeypatch):
+    job = bench.plan_job(512, False, world=1)
+    monkeypatch.setattr(model, "all_gather_list", lambda values: values)
+    monkeypatch.setattr(model.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(model, "device_memory", lambda device: 79 * 2**30)
+    with pytest.raises(MemoryError, match=r"updates \d+\.\d, .* of 7[0-9] GiB\n(.*\n)*Less memory takes: --offload"):
+        model.plan_memory(bench.REAL, bench.REAL_VAE, torch.device("cuda"), job)
+    monkeypatch.setattr(model, "host_memory", lambda: 64 * 2**30)
+    with pytest.raises(MemoryError, match="Adam 53.0, .* of 64 GiB a machine"):
+        model.plan_memory(bench.REAL, bench.REAL_VAE, torch.device("cuda"), job._replace(offload=True))
 
 
 @pytest.mark.parametrize("gpus, gib, fits", [(1, 139, True), (1, 79, False), (8, 79, True)])
 def test_plan_counts_the_real_model(capsys, gpus, gib, fits):
-    args = SimpleNamespace(gpus=gpus, gib=gib, tflops=790, size=[1024], prompts=1, group_size=1, sampler_steps=40, timesteps=4,
+    args = SimpleNamespace(gpus=gpus, gib=gib, tflops=790, size=1024, prompts=1, group_size=1, sampler_steps=40, timesteps=4,
                            micro_batch=None, edit=False, offload=False, judge=False)
     bench.bench_plan(args)
     out = capsys.readouterr().out
