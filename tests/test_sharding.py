@@ -1,0 +1,101 @@
+"""The network over ranks: every way to treat it during an update gives the same gradients, in host memory as on the device; several
+machines."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from runs import ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, read_log, run_script, start_script
+
+GRADIENTS = """
+import gc, sys, torch, torch.distributed as dist, model
+
+def gradients(dtype, mode, offload, device, rank):
+    model.compute_dtype = lambda device: dtype
+    root = model.Path(sys.argv[1])
+    policy = model.materialise(model.shard(model.new_transformer(root, torch.float32), device, offload), root, device)
+    width, found = policy.config["context_in_dim"], []
+    for update in range(2):
+        model.keep_gathered(policy, mode.gathered, mode.once)
+        for group in range(update + 1):  # the first update reaches the text layers in its last backward pass alone
+            generator = torch.Generator().manual_seed(10 * rank + group)
+            prompt = model.Prompt(torch.randn(5, width, generator=generator), [False] * 5, [])
+            prefixes = [policy.prefix([prompt], (4, 4))]
+            leaves = [model.detach_prefix(prefix) for prefix in prefixes]
+            for _ in range(3):
+                v = policy.velocity(torch.randn(2, 16, 16, generator=generator), torch.tensor([0.9, 0.5]), *leaves)
+                v.pow(2).mean().backward()
+            model.backward_prefixes(prefixes, leaves)
+            del prefixes, leaves, v
+        if mode.once:
+            model.reduce_gradients(policy)
+        model.release(policy)
+        found.append({name: param.grad.full_tensor().clone() for name, param in policy.named_parameters()})
+        policy.zero_grad(set_to_none=True)
+    return found
+
+def main():
+    rank, world, device = model.setup()
+    for dtype in (torch.float32, torch.bfloat16):
+        first = gradients(dtype, model.MODES[-1], False, device, rank)
+        for mode, offload in ((model.Mode(), False), (model.Mode(once=False), False), (model.Mode(), True), (model.MODES[-1], True)):
+            other = gradients(dtype, mode, offload, device, rank)
+            worst = max(((b[name] - a[name]).norm() / a[name].norm()).item() for a, b in zip(first, other) for name in a)
+            if rank == 0:
+                print("WORST", dtype, mode.gathered, mode.once, offload, worst)
+
+main()
+gc.collect()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gathered_reduced_once_or_offloaded_gradients_are_the_same(tmp_path, processes):
+    """Relative error 1e-5 per parameter, whether computed in fp32 or in bf16."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    printed, failed = start_script(tmp_path, ROOT / "tests/tiny/model", script=tmp_path / "gradients.py", processes=processes)
+    worst = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("WORST")]
+    assert not failed and len(worst) == 8 and max(worst) < 1e-5, printed[-3000:]
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("grpo.py", ["--reward", ORACLE]), ("nft.py", ["--reward", ORACLE]),
+    ("opd.py", ["--teacher", f"t2i={ROOT / 'tests/tiny/model'}", f"edit={ROOT / 'tests/tiny/model'}"])])
+def test_offload_gives_the_same_bits_and_resumes_without(tmp_path, script, arguments):
+    whole, offloaded = tmp_path / "whole", tmp_path / "offloaded"
+    whole.mkdir(), offloaded.mkdir()
+    run_script(whole, *arguments, "--steps", "2", *SMALL, script=script)
+    run_script(offloaded, *arguments, "--steps", "1", *SMALL, "--offload", script=script)
+    run_script(offloaded, *arguments, "--steps", "2", *SMALL, "--resume", script=script)
+    assert_same_bits(checkpoint(whole), checkpoint(offloaded))
+    assert read_log(whole)[1]["grad_norm"] == read_log(offloaded)[1]["grad_norm"]
+
+
+def on_two_machines(folders, *arguments):
+    """grpo.py as one rank on each of two "machines", each with its own launcher and working directory: what they print, return codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for node, folder in enumerate(folders):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+                    "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / "grpo.py"), "--reward", ORACLE, *SMALL, *arguments]
+        started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return [(process.communicate(timeout=200)[0], process.returncode) for process in started]
+
+
+def test_two_machines_need_a_shared_disk(tmp_path):
+    apart, together = [tmp_path / "a", tmp_path / "b"], tmp_path / "shared"
+    for folder in (*apart, together):
+        folder.mkdir()
+    ends = on_two_machines(apart, "--steps", "1")
+    assert all(code for _, code in ends) and any("is not what 1 of the ranks see under that name" in text for text, _ in ends), ends
+    for flags in (["--steps", "1"], ["--steps", "2", "--resume"]):
+        ends = on_two_machines([together, together], *flags)
+        assert not any(code for _, code in ends), ends
+    assert [line["step"] for line in read_log(together)] == [0, 1]
+    assert os.listdir(together / "runs/run/checkpoint") == ["step-000002"]
