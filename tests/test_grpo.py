@@ -158,7 +158,7 @@ def test_editing_with_the_kl_and_several_rewards(tmp_path):
     (line,) = run_script(
         tmp_path, "--reward", ORACLE, f"alignment={ROOT / 'tests/tiny/world.py'}:alignment_reward", "--steps", "1", "--kl-coef", "0.1",
         "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts", str(ROOT / "tests/tiny/edits_heldout.jsonl"),
-        "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", *SMALL)
+        "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", "--cudnn", *SMALL)
     assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1] and set(line["reward"]) == {"aesthetic", "alignment"}
 
 

@@ -70,7 +70,8 @@ def test_the_student_learns_guidance(three_steps):
 
 
 def test_resume_gives_the_same_bits(three_steps, tmp_path):
-    run_script(tmp_path, *TEACHERS, "--steps", "1", *SMALL, script="opd.py")
+    """Also where the run began with its weights and moments in host memory."""
+    run_script(tmp_path, *TEACHERS, "--steps", "1", *SMALL, "--offload", script="opd.py")
     log = run_script(tmp_path, *TEACHERS, "--steps", "3", *SMALL, "--resume", script="opd.py")
     assert_same_bits(checkpoint(three_steps[0]), checkpoint(tmp_path))
     assert log[-1]["velocity_error"] == three_steps[1][-1]["velocity_error"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from runs import ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, read_log, run_script, start_script
+from runs import ENVIRONMENT, ORACLE, ROOT, SMALL, checkpoint, read_log, run_script, start_script
 
 GRADIENTS = """
 import gc, sys, torch, torch.distributed as dist, model
@@ -53,7 +53,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gathered_reduced_once_or_offloaded_gradients_are_the_same(tmp_path, processes):
     """Relative error 1e-5 per parameter, whether computed in fp32 or in bf16."""
     (tmp_path / "gradients.py").write_text(GRADIENTS)
@@ -62,17 +62,18 @@ def test_gathered_reduced_once_or_offloaded_gradients_are_the_same(tmp_path, pro
     assert not failed and len(worst) == 8 and max(worst) < 1e-5, printed[-3000:]
 
 
-@pytest.mark.parametrize("script, arguments", [
-    ("grpo.py", ["--reward", ORACLE]), ("nft.py", ["--reward", ORACLE]),
-    ("opd.py", ["--teacher", f"t2i={ROOT / 'tests/tiny/model'}", f"edit={ROOT / 'tests/tiny/model'}"])])
-def test_offload_gives_the_same_bits_and_resumes_without(tmp_path, script, arguments):
-    whole, offloaded = tmp_path / "whole", tmp_path / "offloaded"
-    whole.mkdir(), offloaded.mkdir()
-    run_script(whole, *arguments, "--steps", "2", *SMALL, script=script)
-    run_script(offloaded, *arguments, "--steps", "1", *SMALL, "--offload", script=script)
-    run_script(offloaded, *arguments, "--steps", "2", *SMALL, "--resume", script=script)
-    assert_same_bits(checkpoint(whole), checkpoint(offloaded))
-    assert read_log(whole)[1]["grad_norm"] == read_log(offloaded)[1]["grad_norm"]
+@pytest.mark.slow
+def test_two_offloaded_ranks_resume_on_one_that_is_not(tmp_path):
+    """A checkpoint of one kind opens as the other, whatever the number of ranks."""
+    arguments = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"]
+    for folder in ("whole", "offloaded"):
+        (tmp_path / folder).mkdir()
+    lines = run_script(tmp_path / "whole", *arguments, "--steps", "2")
+    run_script(tmp_path / "offloaded", *arguments, "--steps", "1", "--offload", processes=2)
+    again = run_script(tmp_path / "offloaded", *arguments, "--steps", "2", "--resume")
+    assert again[1]["grad_norm"][0] == pytest.approx(lines[1]["grad_norm"][0], rel=1e-4)
+    one, other = (checkpoint(tmp_path / folder)["model"] for folder in ("whole", "offloaded"))
+    assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())  # Adam's steps are 1.6e-4
 
 
 def on_two_machines(folders, *arguments):
@@ -88,14 +89,18 @@ def on_two_machines(folders, *arguments):
     return [(process.communicate(timeout=200)[0], process.returncode) for process in started]
 
 
-def test_two_machines_need_a_shared_disk(tmp_path):
-    apart, together = [tmp_path / "a", tmp_path / "b"], tmp_path / "shared"
-    for folder in (*apart, together):
+def test_two_machines_without_a_shared_disk_are_refused(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
         folder.mkdir()
-    ends = on_two_machines(apart, "--steps", "1")
+    ends = on_two_machines(folders, "--steps", "1")
     assert all(code for _, code in ends) and any("is not what 1 of the ranks see under that name" in text for text, _ in ends), ends
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_shared_disk_train_save_and_resume(tmp_path):
     for flags in (["--steps", "1"], ["--steps", "2", "--resume"]):
-        ends = on_two_machines([together, together], *flags)
+        ends = on_two_machines([tmp_path, tmp_path], *flags)
         assert not any(code for _, code in ends), ends
-    assert [line["step"] for line in read_log(together)] == [0, 1]
-    assert os.listdir(together / "runs/run/checkpoint") == ["step-000002"]
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 1]
+    assert os.listdir(tmp_path / "runs/run/checkpoint") == ["step-000002"]
