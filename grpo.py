@@ -339,20 +339,8 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
-    # ---- 8. models -------------------------------------------------------------------------------------------
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling, then the reference
-    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
-    if args.compile:
-        compile_blocks(slot, policy)
-    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
-    policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    reference = park(own_rows(policy), dtype) if args.kl_coef else []
-    # eps is small because gradients are: the loss is a mean over dimensions
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
-    start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
-    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    pair = longest_prefix(encoded, 1 + (cfg != 1))
-    sampler, vlms = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn), {}
+    # ---- 8. rewards, memory, models --------------------------------------------------------------------------
+    vlms = {}
     rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
     sigma = noise_levels(t, trained, args.noise_level)
     schedule = torch.stack([t[:-1], t.diff(), sigma])[:, :, None, None].to(device)                           # (3, T, 1, 1)
@@ -360,12 +348,28 @@ def main(argv=None):
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
+    pair = longest_prefix(encoded, 1 + (cfg != 1))
+    checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    share = sum(param.numel() for param in policy.parameters()) // world  # of the weights, a rank's own rows
     memory = plan_memory(config, vae.config, device, Job(
         tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
-        kept=4 * state_floats * (len(keep) + len(trained) * (1 + bool(reference))),
+        kept=4 * state_floats * (len(keep) + len(trained) * (1 + bool(args.kl_coef))),
         encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards), table=vlm_bytes(rewards + judges),
-        parked=sum(row.nbytes for row in reference),
-        offload=args.offload, checkpointing=policy.checkpointing))
+        parked=dtype.itemsize * share * bool(args.kl_coef),
+        offload=args.offload, checkpointing=checkpointing))
+
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling, then the reference
+    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
+    if args.compile:
+        compile_blocks(slot, policy)
+    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
+    policy.checkpointing = checkpointing
+    reference = park(own_rows(policy), dtype) if args.kl_coef else []
+    # eps is small because gradients are: the loss is a mean over dimensions
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
+    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
+    sampler = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn)
 
     def rows(states, group, micro):
         """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""

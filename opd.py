@@ -265,13 +265,28 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
 
-    # ---- 8. models -------------------------------------------------------------------------------------------
+    # ---- 8. rewards, memory, models --------------------------------------------------------------------------
+    rewards, judges = [], load_rewards(args.judge, root, device, {})
+    weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
+    pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
+    pair = longest_prefix(encoded, 2)
+    checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    share = sum(param.numel() for param in policy.parameters()) // world  # of the weights, a rank's own rows
+    memory = plan_memory(config, vae.config, device, Job(
+        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, 1),
+        kept=8 * state_floats * len(trained),
+        encoder=weight_bytes(root / "text_encoder"), table=vlm_bytes(judges),
+        parked=len(roots) * dtype.itemsize * share,
+        offload=args.offload, checkpointing=checkpointing))
+
     # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling, then teachers
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(slot, policy)
     policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
-    policy.checkpointing = cuda if args.checkpointing is None else args.checkpointing
+    policy.checkpointing = checkpointing
     teachers = {}
     for task, teacher in roots.items():  # through the student's storage: a rank reads and keeps its own rows alone
         own = read_config(teacher / "model_index.json").get("_sampling", {})
@@ -283,19 +298,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    pair = longest_prefix(encoded, 2)
     sampler = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn)
-    rewards, judges = [], load_rewards(args.judge, root, device, {})
-    weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
-    pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
-    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    memory = plan_memory(config, vae.config, device, Job(
-        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, 1),
-        kept=8 * state_floats * len(trained),
-        encoder=weight_bytes(root / "text_encoder"), table=vlm_bytes(judges),
-        parked=sum(row.nbytes for teacher in teachers.values() for row in teacher.rows),
-        offload=args.offload, checkpointing=policy.checkpointing))
 
     def rows(states, group, micro):
         """x (B, N, C) and t (B,) of a micro-batch."""

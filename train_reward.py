@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import (
-    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, create_shared, download,
-    expected_score, find_rubric, full_weights, keep_gathered, line_chart, load_checkpoint, load_vlm,
-    matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove, save_checkpoint, score_text,
-    score_tokens, setup, shard_blocks, write_text)
+    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, create_shared, device_memory,
+    download, expected_score, find_rubric, full_weights, keep_gathered, line_chart, load_checkpoint,
+    load_vlm, matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove, save_checkpoint,
+    score_text, score_tokens, setup, shard_blocks, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -364,9 +364,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
     micro_batch = args.micro_batch or (1 if cuda else 32)
+    states, room = 16 * count // world, device_memory(torch.device("cpu") if args.offload else device)
+    where = "in host memory" if args.offload else f"on each {device.type}"
+    place = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} {where}"
+    if states > room:
+        raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
     if rank == 0:
         print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} {'scored pictures' if size == 1 else 'pairs'}"
-              f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}")
+              f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}; {place}")
 
     # ---- 8. train --------------------------------------------------------------------------------------------
     bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0, dynamic_ncols=True), None

@@ -95,7 +95,8 @@ class Judge:
     """Answers with a VLM from a directory, greedily, one request at a time."""
 
     def __init__(self, directory):
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # without torchvision, as in model.py
 
         self.tokenizer, self.images = AutoTokenizer.from_pretrained(directory), AutoImageProcessor.from_pretrained(directory)
         self.vlm, self.lock = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval(), threading.Lock()
