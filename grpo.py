@@ -108,9 +108,10 @@ def parse_args(argv=None):
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
-        help="replay the sampler step as a CUDA graph (default: on a GPU)")
+        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked memory captures give up)")
     add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
-    add("--cudnn", action="store_true", help="cuDNN's attention in the sampler (default: as in training, flash attention)")
+    add("--cudnn", action="store_true",
+        help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash attention)")
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
     return parser.parse_args(argv)
@@ -240,7 +241,7 @@ def open_run(args, specs):
         args.lr = before["lr"] if args.lr is None else args.lr
         free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr",
                 "offload")
-        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
+        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
         if changed:
             raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
         return run
@@ -369,7 +370,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda if args.graph is None else args.graph, pair, args.cudnn)
+    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
 
     def rows(states, group, micro):
         """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""

@@ -31,6 +31,7 @@ import inspect
 import io
 import json
 import math
+import mmap
 import random
 import re
 import shutil
@@ -40,6 +41,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -586,7 +588,7 @@ def fp32_logits(vlm):
 @contextlib.contextmanager
 def one_rank_at_a_time():
     """The ranks of a machine enter one after another, all of them: what they read takes host memory once."""
-    turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    turns = max(all_gather_list([int(os.environ.get("LOCAL_WORLD_SIZE", 1))])) if dist.is_initialized() else 1
     for turn in range(turns):
         if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
             yield
@@ -937,18 +939,28 @@ def load_checkpoint(directory, model, optimizer, old=None):
 
 
 def create_shared(directory):
-    """Make a directory that all ranks write to and that must be one on a shared disk. All ranks call."""
-    token = directory / f".{all_gather_list([time.time_ns()])[0]}"
+    """Make a directory that all ranks write to, checked to be one on a shared disk. All ranks call.
+
+    Making directories asks the file server, whatever a machine remembers of a path.
+    """
+    token, apart = directory / f".{all_gather_list([time.time_ns()])[0]}", False
+    directory.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        token.touch()
+        token.mkdir()
     dist.barrier()
-    apart = [host for host, seen in all_gather_list([(socket.gethostname(), token.exists())]) if not seen]
+    if dist.get_rank() > 0:
+        try:
+            token.mkdir()  # rank 0 has, if this is the same directory
+            token.rmdir()
+            apart = True
+        except FileExistsError:
+            pass
+    hosts = [host for host, failed in all_gather_list([(socket.gethostname(), apart)]) if failed]
     if dist.get_rank() == 0:
-        token.unlink()
-    if apart:
-        raise OSError(f"{directory.resolve()} of rank 0 is not what {len(apart)} of the ranks see under that name, on {apart[0]}: "
-                      "start all nodes in the same directory of a disk that they share")
+        token.rmdir()
+    if hosts:
+        raise OSError(f"{directory.resolve()} on {hosts[0]} is not the directory of that name that rank 0 has: start all nodes in the "
+                      "same directory of a disk that they share")
 
 
 def write_text(path, text):
@@ -1073,7 +1085,7 @@ class Sampler:
     A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
     eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
     capture. The prompts' keys and values are written into one arena, where those of all shapes lie in turn; it is made
-    for `longest` prefix tokens, so that it need not grow. `cudnn` takes cuDNN's attention, which the trainer does not use.
+    for `longest` prefix tokens, so that it need not grow for a single prompt. `cudnn` takes cuDNN's attention, which the trainer does not use.
     `drop` frees buffers and graphs.
     """
 
@@ -1566,7 +1578,7 @@ def local_vlms(rewards):
 
 
 def unseat(vlm):
-    """Leave the GPU: every rank keeps a share of each weight in host memory, so that a machine holds the VLM once."""
+    """Leave the GPU: every rank keeps a share of each weight in host memory, so that all together hold the VLM once."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for x in (*vlm.parameters(), *vlm.buffers()):
         if not hasattr(x, "share"):  # its weights never change
@@ -1681,6 +1693,7 @@ def keep_gathered(model, parameters, gradients):
     """How an update treats the network: `parameters` stay gathered in bf16 from the first micro-batch to the last, instead of block
     by block in every pass; `gradients` are added up in fp32 on each rank until `reduce_gradients`."""
     model.set_reshard_after_forward(not parameters)
+    model.set_reshard_after_forward(False, recurse=False)  # the root's own are needed again at once
     model.set_reshard_after_backward(not parameters)
     model.set_requires_gradient_sync(not gradients)
 
@@ -1706,13 +1719,18 @@ def own_rows(model):
 
 
 def pinned(x):
-    """A host tensor whose pages are locked, so that copies to the GPU are fast; without a GPU the tensor as it is. x must live
-    as long as the process. (`pin_memory` would round its size up to a power of two.)"""
-    if torch.cuda.is_available() and x.numel():
-        error = torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0)
-        if int(error):
-            raise MemoryError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {int(error)})")
-    return x
+    """A copy of a host tensor in locked pages, from which copies to the GPU are fast; without a GPU the tensor as it is.
+
+    `pin_memory` would round its size up to a power of two.
+    """
+    if not torch.cuda.is_available() or x.numel() == 0:
+        return x
+    pages = torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).view(x.shape).copy_(x)
+    error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))
+    if error:
+        raise MemoryError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {error})")
+    weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, pages.data_ptr()).atexit = False
+    return pages
 
 
 def park(rows, dtype):
@@ -1747,7 +1765,8 @@ def all_gather_list(values):
 # peaks that shapes do not tell, in activations (tokens x width, in the compute dtype) or pixels x channels of the VAE
 FORWARD, BACKWARD, DECODING = 14, 41, 11
 JUDGING = 0.35  # of a judge's own bytes, when it works: its head in fp32, the pictures of a batch
-SLACK = 6 * 2**30  # what the allocator holds beyond what is allocated: the most seen in simulations was 5.6 GiB
+SLACK = 6 * 2**30  # what the allocator holds beyond what is allocated: up to 5.6 GiB in simulations of all modes
+HOST_SLACK = 6 * 2**30  # Python, torch and CUDA in host memory
 
 
 class Job(NamedTuple):
@@ -1799,7 +1818,7 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
     share, token, kv = (0 if job.offload else count // world), width * dim, 2 * layers * width * dim
     decoder = width * sum(param.numel() for param in vae.parameters())
     resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)  # slot, VAE, masters and Adam
-    scoring = JUDGING * job.table + (0 if mode.judges_stay else job.judges)
+    scoring = JUDGING * job.judges + (0 if mode.judges_stay else job.judges)
 
     pixels = 256 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
     decoding = DECODING * width * (vae_config["decoder_base_dim"] or vae_config["base_dim"]) * pixels
@@ -1822,17 +1841,17 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
         "updates": resident + job.kept + gradients + width * weights + update,
         "optimizer": resident + job.kept + 4 * share,
         "saving": resident + 4 * block,
-        "final table": resident - 8 * share + pictures + scoring + job.table - job.judges,
+        "final table": resident - 8 * share + pictures + scoring + (1 + JUDGING) * (job.table - job.judges),
     }
 
 
-def host_bytes(config, world, job, pinned):
-    """{what: bytes} that all ranks together have in host memory. pinned: whether FSDP locks its part, in powers of two."""
+def host_bytes(config, world, job, cuda):
+    """{what: bytes} that all ranks together have in host memory. For a GPU FSDP locks its part, in powers of two."""
     with torch.device("meta"):
         sizes = [4 * param.numel() // world for param in FlowTransformer(config).parameters()]
-    locked = sum(2 ** math.ceil(math.log2(size)) if pinned else size for size in sizes)
+    locked = sum(2 ** math.ceil(math.log2(size)) if cuda else size for size in sizes)
     offloaded = {"fp32 weights and gradients": 2 * world * locked, "Adam": 2 * world * sum(sizes)} if job.offload else {}
-    return offloaded | {"waiting for the slot": world * job.parked, "judges": job.table * pinned}
+    return offloaded | {"waiting for the slot": world * job.parked, "judges": job.table * cuda}
 
 
 def context_bytes(world):
@@ -1841,12 +1860,10 @@ def context_bytes(world):
 
 
 def choose_mode(config, vae_config, world, job, size, width=2):
-    """The fastest `Mode` whose phases fit `size` bytes of a device, else the smallest; and its phases."""
-    for mode in MODES:
-        phases = memory_phases(config, vae_config, world, job, mode, width)
-        if max(phases.values()) <= size:
-            break
-    return mode, phases
+    """The fastest `Mode` whose phases fit `size` bytes of a device, or where none does, of those that need least; and its phases."""
+    found = [memory_phases(config, vae_config, world, job, mode, width) for mode in MODES]
+    limit = max(size, min(max(phases.values()) for phases in found))
+    return next((mode, phases) for mode, phases in zip(MODES, found) if max(phases.values()) <= limit)
 
 
 def describe(mode):
@@ -1864,12 +1881,13 @@ def in_words(table):
 def plan_memory(config, vae_config, device, job):
     """The fastest `Mode` that fits the device, the same on all ranks; prints it, or raises MemoryError with what does not fit."""
     world, cuda = dist.get_world_size(), device.type == "cuda"
-    jobs = all_gather_list([job])
+    parts = all_gather_list([(job, device_memory(device), host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))])
+    jobs, sizes, machines, neighbours = zip(*parts)  # ranks must agree, so the longest prompt and the smallest machine count
     job = job._replace(**{name: max(getattr(other, name) for other in jobs) for name in ("pair", "prefix", "kept")})
-    size = device_memory(device) - (context_bytes(world) if cuda else 0)
+    size, machine = min(sizes) - (context_bytes(world) if cuda else 0), min(machines)
     mode, phases = choose_mode(config, vae_config, world, job, size - (SLACK if cuda else 0), compute_dtype(device).itemsize)
-    host, machine = host_bytes(config, world, job, cuda), host_memory()
-    here = sum(host.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // world
+    host = host_bytes(config, world, job, cuda)
+    here = sum(host.values()) * max(neighbours) // world + HOST_SLACK * cuda
     text = (f"memory of each {device.type}, {in_words(phases)}, of {size / 2**30:.0f} GiB\n"
             f"host memory for all ranks, {in_words(host)}, of {machine / 2**30:.0f} GiB a machine")
     if max(phases.values()) > size or here > machine:

@@ -396,9 +396,9 @@ def open_folder(args, rank):
         count, folder = count + 1, Path("rollouts") / str(count + 1)
     settings = {k: v for k, v in vars(args).items() if k in (
         "prompt", "prompts", "source", "model", "group_size", "height", "width", "sampler_steps", "cfg", "seed", "rollout_batch",
-        "reward")}
+        "reward", "cudnn")}
     before = read_config(folder / "args.json") if (folder / "args.json").exists() else settings
-    changed = [f"--{key.replace('_', '-')}" for key, value in settings.items() if before.get(key) != value]
+    changed = [f"--{key.replace('_', '-')}" for key, value in settings.items() if before.get(key, value) != value]
     if changed:
         raise ValueError(f"{folder} was drawn with other values of {', '.join(changed)}; choose another --name")
     dist.barrier()  # every rank has looked before rank 0 creates it

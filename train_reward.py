@@ -36,9 +36,9 @@ from pathlib import Path
 
 from model import (
     FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, create_shared, device_memory,
-    download, expected_score, find_rubric, full_weights, keep_gathered, line_chart, load_checkpoint,
-    load_vlm, matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove, save_checkpoint,
-    score_text, score_tokens, setup, shard_blocks, write_text)
+    download, expected_score, find_rubric, free_memory, full_weights, keep_gathered, line_chart,
+    load_checkpoint, load_vlm, matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove,
+    save_checkpoint, score_text, score_tokens, setup, shard_blocks, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -359,16 +359,16 @@ def main(argv=None):
         if args.freeze_vision:
             vlm.model.visual.requires_grad_(False)
         count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
+        states, room = 16 * count // world, device_memory(torch.device("cpu") if args.offload else device)
+        where = "in host memory" if args.offload else f"on each {device.type}"
+        place = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} {where}"
+        if states > room:
+            raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
     micro_batch = args.micro_batch or (1 if cuda else 32)
-    states, room = 16 * count // world, device_memory(torch.device("cpu") if args.offload else device)
-    where = "in host memory" if args.offload else f"on each {device.type}"
-    place = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} {where}"
-    if states > room:
-        raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
     if rank == 0:
         print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} {'scored pictures' if size == 1 else 'pairs'}"
               f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}; {place}")
@@ -379,7 +379,8 @@ def main(argv=None):
     for step in bar:
         numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
         total = 0.0
-        keep_gathered(vlm, args.offload, args.offload)  # or every micro-batch would move everything to the GPU and back
+        if args.offload:
+            keep_gathered(vlm, True, True)  # or every micro-batch would move everything to the GPU and back
         for first in range(0, len(numbers), micro_batch):
             examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
             inputs, labels, place, y = collate(processor, rubrics, examples, device)
@@ -412,12 +413,14 @@ def main(argv=None):
     # ---- 9. done ---------------------------------------------------------------------------------------------
     weights = full_weights(vlm)
     del vlm, optimizer, trained
+    free_memory()
     if rank == 0:
         plain = load_vlm(base, "cpu", torch.bfloat16)
         plain.load_state_dict(weights)
         plain.save_pretrained(part)
         copy_processor(folder, part, args.pixels and dict(processor.image_processor.size))
         del plain
+        free_memory()
     del weights
     dist.barrier()
     with one_rank_at_a_time():

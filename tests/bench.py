@@ -73,8 +73,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
     for kind in ("ours", "ours, compiled"):
         network = model.materialise(model.new_transformer(TINY / "model", torch.float32), TINY / "model", device)
         samplers[kind] = model.Sampler(network.requires_grad_(False), graphs=False)
-    for block in network.transformer_blocks:
-        block.compile(dynamic=True)
+    model.compile_blocks(network)
     pipeline = load_pipeline(TINY / "model")
     noise = torch.stack([torch.randn(grid[0] * grid[1], 16, generator=model.image_generator(0, *key)) for key in images])
     embeds, mask = pipeline.encode_prompt([requests[i].prompt for i in chosen], num_images_per_prompt=1)[:2]
@@ -294,7 +293,7 @@ def bench_plan(args, config=REAL, text=200):
     mode, phases = model.choose_mode(config, REAL_VAE, args.gpus, job, size)
     print(f"{'; '.join(model.describe(mode)[:2 + args.judge])}\n  {model.in_words(phases)}")
     print(f"{'fits' if max(phases.values()) <= size else 'does not fit'} into {args.gib:g}; host memory for all ranks, "
-          f"{model.in_words(model.host_bytes(config, args.gpus, job, pinned=True))}")
+          f"{model.in_words(model.host_bytes(config, args.gpus, job, cuda=True))}")
 
 
 BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards}

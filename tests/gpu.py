@@ -42,13 +42,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 SHAPE = REAL if CUDA else REAL | dict(in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
                                       axes_dims_rope=[4, 6, 6], context_in_dim=96)
-VAE_SHAPE = REAL_VAE if CUDA else REAL_VAE | dict(base_dim=4, decoder_base_dim=4, z_dim=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+VAE_SHAPE = REAL_VAE if CUDA else REAL_VAE | dict(base_dim=4, decoder_base_dim=4, z_dim=8, latents_mean=[0.0] * 8,
+                                                  latents_std=[1.0] * 8)
 SIDES = (512, 1024) if CUDA else (64, 128)
 
 
-def show(what, value, predicted=""):
-    """One line of the table: `value` and `predicted` are strings."""
+WRONG = []  # what this part found wrong
+
+
+def show(what, value, predicted="", right=True):
+    """One line of the table: `value` and `predicted` are strings; what is not `right` makes the part fail at its end."""
     print("RESULT " + json.dumps([what, value, predicted]), flush=True)
+    WRONG.extend([] if right else [what])
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------
@@ -69,7 +74,8 @@ def part_tests():
         if line.startswith("FAILED"):
             show("failed", line.removeprefix("FAILED "))
     lines = (done.stdout + done.stderr).strip().splitlines()
-    show("tests/test_cuda.py", lines[-1] if lines else f"ended with {done.returncode}", "all pass" if CUDA else "all skipped")
+    show("tests/test_cuda.py", lines[-1] if lines else f"ended with {done.returncode}", "all pass" if CUDA else "all skipped",
+         right=done.returncode == 0)
 
 
 def part_tiny():
@@ -78,18 +84,19 @@ def part_tiny():
     arguments = {"grpo.py": ["--reward", "aesthetic"], "nft.py": ["--reward", "aesthetic"],
                  "opd.py": ["--teacher", f"t2i={TINY / 'model'}", f"edit={TINY / 'model'}"],
                  "grpo.py, edits": ["--reward", str(TINY / "rewards_edit.json"), "--prompts", str(TINY / "edits.jsonl"),
-                                    "--eval-prompts", str(TINY / "edits_heldout.jsonl")]}
+                                    "--eval-prompts", str(TINY / "edits_heldout.jsonl")],
+                 "grpo.py, --offload": ["--reward", "aesthetic", "--offload"]}
     for name, flags in arguments.items():
         lines, began = [], time.perf_counter()
-        for graph in ([], ["--no-graph"]):
+        for graph in (["--graph"] if CUDA else [], ["--no-graph"]):
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
                 lines.append(run_script(Path(folder), *flags, "--steps", "2", *SMALL, *graph, script=name.partition(",")[0]))
         keys = ("reward", "velocity_error")
         same = all(a.get(key) == b.get(key) for a, b in zip(*lines) for key in keys)
         ratio = f", first ratio - 1: {lines[0][0]['ratio_dev'][0]:.1g}" if "ratio_dev" in lines[0][0] else ""
-        show(f"{name}: graph against eager", ("the same numbers" if same else f"differ: {[[a.get(k) for k in keys] for a in lines[0]]}, "
-             f"{[[b.get(k) for k in keys] for b in lines[1]]}") + ratio + f"; {time.perf_counter() - began:.0f} s",
-             "the same numbers" + ", first ratio - 1: 0" * bool(ratio))
+        found = "the same numbers" if same else f"differ: {[[line.get(key) for line in run for key in keys] for run in lines]}"
+        show(f"{name}: graph against eager", f"{found}{ratio}; {time.perf_counter() - began:.0f} s",
+             "the same numbers" + ", first ratio - 1: 0" * bool(ratio), same and lines[0][0].get("ratio_dev", [0])[0] == 0)
 
 
 def denoise(network, peak, kinds, rounds=2, steps=4, length=128):
@@ -111,7 +118,7 @@ def denoise(network, peak, kinds, rounds=2, steps=4, length=128):
             try:
                 sample(kind)
             except RuntimeError as error:  # the other kinds are measured all the same
-                show(f"{side} px{', edit' * edit}, {kind}", f"FAILED: {error}"[:300])
+                show(f"{side} px{', edit' * edit}, {kind}", f"FAILED: {error}"[:300], right=False)
                 samplers.pop(kind).drop()
         seconds = interleaved({kind: lambda kind=kind: sample(kind) for kind in samplers}, rounds)
         work = sum(model.forward_flops(SHAPE, grid[0] * grid[1], prompt) for prompt in pair)
@@ -120,7 +127,7 @@ def denoise(network, peak, kinds, rounds=2, steps=4, length=128):
             each = value / steps / batch
             away = ((images[kind] - first).norm() / first.norm()).item()
             show(f"{side} px{', edit' * edit}, {kind}, s/image/step", f"{each:.4f}, {work / each / peak:.0%} of the peak, "
-                 f"{base / value:.2f}x, relative difference {away:.1g}", PREDICTED.get(kind, ""))
+                 f"{base / value:.2f}x, relative difference {away:.1g}", PREDICTED.get(kind, ""), right=away < 0.1)
         for sampler in samplers.values():
             sampler.drop()
 
@@ -188,15 +195,17 @@ def part_iteration():
         model.write_text(root / "model_index.json", json.dumps(index))
         flags = ["--size", str(SIDES[0]), str(SIDES[0]), "--steps", "2", "--prompts-per-step", "2", "--sampler-steps", "10",
                  "--eval-images", "0", "--sample-every", "0", "--save-every", "0", *["--offload"] * offload, *kl]
-        run_here(folder, "grpo.py", "--model", root, "--name", "run", "--reward", f"r={ROOT / 'tests' / 'bench.py'}:{free.__name__}", *flags)
+        reward = f"r={ROOT / 'tests' / 'bench.py'}:{free.__name__}"
+        run_here(folder, "grpo.py", "--model", root, "--name", "run", "--reward", reward, *flags)
         lines = [json.loads(line) for line in (Path(folder) / "runs" / "run" / "log.jsonl").read_text().splitlines()]
     mode, phases = plans[-1]
     last, name = lines[-1], f"{SIDES[0]} px, 2 prompts x 8 images, 10 steps{', --offload' * offload}{', no KL' * bool(kl)}"
     show(name, "; ".join(model.describe(mode)[:2]))
     show("seconds of the second iteration", ", ".join(f"{part} {value:.2f}" for part, value in last["seconds"].items()))
     show("MFU", f"{last['mfu']:.1%}", "35-45% without --offload")
-    show(f"first ratio - 1, in {str(model.compute_dtype(DEVICE)).removeprefix('torch.')}", f"{[line['ratio_dev'][0] for line in lines]}", "0")
-    show("second ratio - 1", f"{[line['ratio_dev'][1] for line in lines]}", "small, not 0")
+    first, second = ([line["ratio_dev"][update] for line in lines] for update in (0, 1))
+    show(f"first ratio - 1, in {str(model.compute_dtype(DEVICE)).removeprefix('torch.')}", str(first), "0", right=not any(first))
+    show("second ratio - 1", str(second), "small, not 0", right=all(second))
     if CUDA:
         planned = max(phases.values()) / 2**30
         show("GiB allocated, reserved at most", f"{last['peak_gib']:.1f}, {last['reserved_gib']:.1f}", f"{planned:.1f} allocated")
@@ -246,7 +255,7 @@ def main():
     args = parser.parse_args()
     if args.part:
         PARTS[args.part][0]()
-        return
+        sys.exit(f"not as it should be: {'; '.join(WRONG)}" if WRONG else 0)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     results, end = {}, time.monotonic() + TOTAL

