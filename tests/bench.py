@@ -4,6 +4,7 @@
     python tests/bench.py prefix       # an edit update with the shared prefix against recomputing it for every row
     python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
+    python tests/bench.py judges       # what computing in bf16 does to the tiny scorers
     python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
 
 What is compared runs interleaved in one process; tables give medians.
@@ -21,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(TINY)]
 
 import model  # noqa: E402  before torch: it sets the number of threads
 import numpy as np  # noqa: E402
@@ -225,6 +226,28 @@ def bench_rewards(rounds=3, steps=7):
 
 
 
+# ---- judges --------------------------------------------------------------------------------------------------
+
+
+def bench_judges(count=256):
+    """Scores of drawings in bf16 against those in fp32, with the head's product in fp32, as it is, and in bf16."""
+    import world
+    rng = np.random.default_rng(0)
+    pictures = [world.degrade(world.draw(world.sample_scene(rng)), rng)[0] for _ in range(count)]
+    print(f"{count} drawings\n{'':<12}{'head':<6}{'different scores':>17}{'mean error':>12}{'largest':>9}")
+    for name in ("aesthetic", "portrait"):
+        (reward,) = model.load_rewards([name], TINY / "model", torch.device("cpu"), {})
+        exact, vlm = np.array(reward.score(pictures, [""] * count, [[]] * count)), reward.score.vlm
+        print(f"{name:<12}{'fp32':<6}{len(set(exact)):>17}   computing in fp32 throughout")
+        vlm.to(torch.bfloat16)
+        for head in ("fp32", "bf16"):
+            if head == "bf16":
+                del vlm.get_output_embeddings().forward  # the module's own
+            scores = np.array(reward.score(pictures, [""] * count, [[]] * count))
+            error = np.abs(scores - exact)
+            print(f"{name:<12}{head:<6}{len(set(scores)):>17}{error.mean():>12.4f}{error.max():>9.4f}")
+
+
 # ---- the real size -------------------------------------------------------------------------------------------
 
 
@@ -296,7 +319,7 @@ def bench_plan(args, config=REAL, text=200):
           f"{model.in_words(model.host_bytes(config, args.gpus, job, cuda=True))}")
 
 
-BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards}
+BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
