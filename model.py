@@ -1085,8 +1085,8 @@ class Sampler:
     A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
     eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
     capture. The prompts' keys and values are written into one arena, where those of all shapes lie in turn; it is made
-    for `longest` prefix tokens, so that it need not grow for a single prompt. `cudnn` takes cuDNN's attention, which the trainer does not use.
-    `drop` frees buffers and graphs.
+    for `longest` prefix tokens, so that it need not grow for a single prompt. `cudnn` takes cuDNN's attention, which the
+    trainer does not use. `drop` frees buffers and graphs.
     """
 
     def __init__(self, model, graphs, longest=0, cudnn=False):

@@ -16,8 +16,8 @@ from runs import ENVIRONMENT, ROOT
 RUNS = json.loads((Path(__file__).parent / "memory.json").read_text())["runs"]
 
 
-@pytest.mark.parametrize("parts", [["iteration", "vae"],
-                                   pytest.param(["machine", "tests", "tiny", "denoise", "compiled"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [["iteration"],
+                                   pytest.param(["machine", "tests", "tiny", "denoise", "vae", "compiled"], marks=pytest.mark.slow)])
 def test_the_gpu_check_runs_without_one(tmp_path, parts):
     done = subprocess.run([sys.executable, str(ROOT / "tests/gpu.py"), *parts], capture_output=True, text=True, timeout=400,
                           env=ENVIRONMENT | {"OUT": str(tmp_path)})

@@ -528,11 +528,11 @@ def fresh(tmp_path_factory):
     rng = np.random.default_rng(77)
     prompts = [json.loads(line)["prompt"] for line in (ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines()]
     faces = [prompt for prompt in prompts if world.category(prompt) == "portrait"]
-    instructions, sources = make.edit_sources(rng, 30, tmp_path_factory.mktemp("sources"))
+    instructions, sources = make.edit_sources(rng, 20, tmp_path_factory.mktemp("sources"))
     return {
         "picture": {"drawn": make.drawn_samples(rng, 160), "samples": make.base_samples(prompts[:50], 6, 77)},
         "portrait": {"drawn": make.portrait_samples(rng, 160), "samples": make.base_samples(faces, 240 // len(faces), 78)},
-        "edit": {"drawn": make.edit_samples(rng, 160), "samples": make.base_samples(instructions, 8, 77, sources)}}
+        "edit": {"drawn": make.edit_samples(rng, 120), "samples": make.base_samples(instructions, 8, 77, sources)}}
 
 
 KINDS = {"aesthetic": "picture", "alignment": "picture", "portrait": "portrait", "instruction": "edit", "consistency": "edit"}
