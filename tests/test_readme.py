@@ -40,7 +40,7 @@ def small(command):
     return words + SMALL.get(script, []) + few + ["--eval-images", "0"] * (several and script in ("grpo.py", "nft.py"))
 
 
-RUN = list({str(small(command)): command for command in reversed(COMMANDS) if small(command)}.values())[::-1]  # each once
+RUN = list({str(small(command)): command for command in COMMANDS if small(command)}.values())  # each once, in order
 
 
 @pytest.fixture(scope="module")

@@ -78,15 +78,15 @@ def test_two_offloaded_ranks_resume_on_one_that_is_not(tmp_path):
     assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())  # Adam's steps are 1.6e-4
 
 
-def on_two_machines(folders, *arguments):
-    """grpo.py as one rank on each of two "machines", each with its own launcher and working directory: what they print, return codes."""
+def on_two_machines(folders, script, *arguments):
+    """A script as one rank on each of two "machines", each with its own launcher and working directory: what they print, return codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
     for node, folder in enumerate(folders):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-                    "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / "grpo.py"), "--reward", ORACLE, *SMALL, *arguments]
+                    "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / script), *arguments]
         started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         text=True, start_new_session=True))
     try:
@@ -101,14 +101,14 @@ def test_two_machines_without_a_shared_disk_are_refused(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    ends = on_two_machines(folders, "--steps", "1")
+    ends = on_two_machines(folders, "rollout.py", "a red circle", "--name", "run")
     assert all(code for _, code in ends) and any("is not the directory of that name that rank 0 has" in text for text, _ in ends)
 
 
 @pytest.mark.slow
 def test_two_machines_with_a_shared_disk_train_save_and_resume(tmp_path):
     for flags in (["--steps", "1"], ["--steps", "2", "--resume"]):
-        ends = on_two_machines([tmp_path, tmp_path], *flags)
+        ends = on_two_machines([tmp_path, tmp_path], "grpo.py", "--reward", ORACLE, *SMALL, *flags)
         assert not any(code for _, code in ends), ends
     assert [line["step"] for line in read_log(tmp_path)] == [0, 1]
     assert os.listdir(tmp_path / "runs/run/checkpoint") == ["step-000002"]
