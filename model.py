@@ -1603,11 +1603,13 @@ def seat(vlm, device):
 
 
 def seat_judges(rewards, device):
+    """`seat` every local VLM of these rewards."""
     for vlm in local_vlms(rewards):
         seat(vlm, device)
 
 
 def unseat_judges(rewards):
+    """`unseat` every local VLM of these rewards."""
     for vlm in local_vlms(rewards):
         unseat(vlm)
 
@@ -1867,6 +1869,7 @@ def choose_mode(config, vae_config, world, job, size, width=2):
 
 
 def describe(mode):
+    """A `Mode` in words, one phrase per field."""
     return ("parameters stay gathered during an update" if mode.gathered else "parameters are gathered block by block",
             "gradients are reduced once an update" if mode.once else "gradients are reduced after every micro-batch",
             "local judges stay" if mode.judges_stay else "local judges leave the GPU during updates")

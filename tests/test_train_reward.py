@@ -367,7 +367,8 @@ def checkpoint(out):
 
 
 def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_one(tmp_path):
-    """Gradients (Adam's first moments after two steps, the norm not clipped) and fp32 weights to 1e-4 of their movement."""
+    """Gradients (Adam's first moments after two steps, the norm not clipped) and fp32 weights to 1e-4 of their movement. The run goes
+    on with its weights and moments in host memory."""
     arguments, states = [*FOUR_STEPS, "--grad-clip", 1e9], []
     for processes in (1, 2):
         run(tmp_path / f"{processes}", *arguments, processes=processes, stop=True)
@@ -383,7 +384,7 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
         run(tmp_path / "1", *arguments, "--resume", "--lr", 9)
     with pytest.raises(FileNotFoundError, match="--resume: there is no .*nothing.part"):
         run(tmp_path / "nothing", *arguments, "--resume")
-    run(tmp_path / "1", *arguments, "--resume")
+    run(tmp_path / "1", *arguments, "--resume", "--offload")
     run(tmp_path / "whole", *arguments)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "1"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items()) and whole.keys() == resumed.keys()
