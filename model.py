@@ -376,9 +376,10 @@ class FlowTransformer(nn.Module):
         h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
         return self.proj_out(h).float()
 
-    def anchor(self):
-        """Zero, with a graph: its backward pass changes no gradient, but lets FSDP reduce those that are there."""
-        return 0 * self.img_in.weight.sum()
+    def anchor(self, zero):
+        """Zero, with a graph: its backward pass changes no gradient, but lets FSDP reduce those that are there. (Before torch 2.13
+        FSDP fails on a GPU where the root is called without an argument.)"""
+        return zero * self.img_in.weight.sum()
 
 
 class ChannelNorm(nn.Module):
@@ -1704,7 +1705,7 @@ def reduce_gradients(model):
     """Reduce what every rank has added up. (The last backward pass could do it, but not where it is the first to reach a
     parameter: FSDP would find gradients in bf16 beside those added up in fp32.)"""
     model.set_requires_gradient_sync(True)
-    model.anchor().backward()
+    model.anchor(0.0).backward()
 
 
 def release(model):
