@@ -4,7 +4,7 @@ For each prompt sample a group of G images with guidance, taking the trained ste
 and all others by the ODE (Eq. 3); score the images; normalise each reward within its group and add them up (Eq. 4, 13);
 then raise the likelihood of the steps that led to good images, clipped around the sampling policy (Eq. 6).
 
-    python grpo.py --reward aesthetic                                    # tiny model, CPU, about 4 minutes
+    python grpo.py --reward aesthetic                                    # tiny model, CPU, about 6 minutes
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
 
 The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.
@@ -12,13 +12,18 @@ The run ends with a table: held-out prompts, same seeds, before and after. Every
 Differs from the paper:
   1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no ratio. (The paper
      samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. log-prob is the mean over dimensions, not the sum, whose ratio is far from 1 after any update. The spread of the mean's
-     ratio still falls with resolution, hence --clip-eps 1e-3, and less where clip_frac stays 0.
-  3. Hybrid CFG (Sec. 4.1) leaves the old log-prob open. Here it is that of the unguided policy at the sampled states, so
-     the ratio is exactly 1 before the first update.
+  2. The ratio of Eq. 6 is that of a step whose standard deviation is larger by kappa_t sqrt(D), D latents an image: the spread of its
+     logarithm is then the rms change of velocity, in units of which --clip-eps is, at every resolution and in every step, and all
+     trained steps weigh the same. As printed (--printed-ratio) the spread is kappa_t sqrt(D) times that, kappa_t as in `mean_shift`:
+     far from 1 at 1024 px after any update, and largest where there is least noise, which would have most of the gradient.
+  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one to which the step's noise
+     leads from the old unguided mean: the gradient is then 1/scale of that of the guided sampler through its conditional branch. At
+     the sampled state, which guidance has displaced, it would be biased. Without hybrid CFG both are one. The ratio is exactly 1
+     before the first update.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
-  5. The paper gives no noise level, learning rate or number of trained steps. Flow-GRPO's level is 0.7; at 1.2 the trained
-     steps decide more of a picture, and the initial noise, which is not trained, less.
+  5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is Flow-GRPO's: at 1.2 the
+     trained steps decide more of a picture, but fewer pictures of a rollout are right. Emphasis on high noise (Sec. 4.2) is the
+     choice of the trained steps, the noisier half's.
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
      no rule. Groups wait for their own scores, the first update for all.
@@ -37,13 +42,13 @@ from concurrent.futures import wait
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks, compute_dtype,
-    create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory,
-    gaussian_logp, generate, guided_velocity, image_grid_png, keep_gathered, line_chart, load_checkpoint,
-    load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak,
+    FEW, UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks,
+    compute_dtype, create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory,
+    generate, guidance_source, guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint,
+    load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, mean_shift,
     new_transformer, noise_levels, own_rows, park, plan_memory, reduce_gradients, release, reward_threads,
-    sampling_settings, save_checkpoint, save_model, sde_mean_std, seat_judges, setup, shard,
-    unseat_judges, vlm_bytes, weight_bytes, write_text)
+    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, unseat_judges, vlm_bytes,
+    weight_bytes, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -51,6 +56,7 @@ from tqdm import tqdm
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 CPU = torch.device("cpu")
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+LR = 4e-6  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
@@ -62,7 +68,7 @@ def parse_args(argv=None):
     add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
     add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
     add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=int, default=50, metavar="STEPS",
         help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
@@ -86,19 +92,20 @@ def parse_args(argv=None):
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=float, metavar="S",
-        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 4)")
+        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 1)")
     add("--guided-objective", action="store_true",
         help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
     add("--train-timesteps", default="4", metavar="STEPS",
         help="sampler steps that are stochastic and trained (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
              "all; or a list as 0,2,3 (default: %(default)s)")
-    add("--noise-level", type=float, default=1.2, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
+    add("--noise-level", type=float, default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's steps should shrink with width)")
-    add("--clip-eps", type=float, default=1e-3, metavar="EPS",
-        help="ratio clip of Eq. 6, for mean log-probs (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.004, metavar="W",
+    add("--lr", type=float, help=f"AdamW (default: {LR:g} x 4096 / width)")
+    add("--printed-ratio", action="store_true", help="Eq. 6 with the joint density of the step (default: difference 2)")
+    add("--clip-eps", type=float, default=0.015, metavar="EPS",
+        help="ratio clip of Eq. 6, in units of the rms change of velocity in an update (default: %(default)s)")
+    add("--kl-coef", type=float, default=0.25, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
@@ -196,28 +203,23 @@ def step_record(parts, rewards):
 # ---- 4. loss -------------------------------------------------------------------------------------------------
 
 
-def grpo_loss(v, v_old, x, x_next, t, dt, sigma, advantage, clip_eps):
+def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     """Clipped policy gradient on stochastic sampler steps, one row per (image, timestep). fp32.
 
-    v, v_old   (B, N, C)  the objective's velocities by the trained policy and by the one that sampled, at (x, t)
-    x, x_next  (B, N, C)  the states before and after the step;  t, dt, sigma (B, 1, 1) of the step
+    v, v_old   (B, N, C)  the objective's velocities by the trained policy and by the one that sampled, at the states before
+    z          (B, N, C)  the noise of the step, N(0, 1)
+    kappa      (B, 1, 1)  1/sqrt(N C), or `mean_shift` for the ratio as printed
     advantage  (B,)       Eq. 13
     Returns the loss summed over rows, and the ratios (B,).
+
+    A step is mean + std z (Eq. 5), and training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old - v). At the state
+    to which z leads from mean_old, both policies have Gaussian densities, whose log-ratio is z^2/2 - (z - Delta)^2/2 per dimension.
     """
-    mean, std = sde_mean_std(x, v, t, dt, sigma)                                                             # (B, N, C)  Eq. 5
-    mean_old, _ = sde_mean_std(x, v_old, t, dt, sigma)
-    logp, logp_old = gaussian_logp(x_next, mean, std), gaussian_logp(x_next, mean_old, std)                  # (B,)  difference 2, 3
-    ratio = (logp - logp_old).exp()                                                                          # (B,)       Eq. 6
+    delta = kappa * (v_old - v)                                                                              # (B, N, C)  Eq. 5
+    ratio = (z * delta - delta**2 / 2).sum(dim=(1, 2)).exp()                                                 # (B,)       Eq. 6
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                                                        # (B,)       Eq. 6
     loss = -torch.minimum(ratio * advantage, clipped * advantage)                                            # (B,)       Eq. 6
     return loss.sum(), ratio.detach()
-
-
-def guided_offset(v_old, x, x_next, t, dt, sigma):
-    """How far guidance moved the mean of the sampled steps from the unguided one, squared, in units of the step's std sigma
-    sqrt(-dt): (B,). It is what the noise that explains x_next has beyond its variance of 1; the hybrid's bias."""
-    mean_old, std = sde_mean_std(x, v_old, t, dt, sigma)
-    return ((x_next - mean_old) / std).pow(2).mean(dim=(1, 2)) - 1
 
 
 def kl_loss(v, v_ref):
@@ -294,19 +296,14 @@ def report(run, rewards, before, after, title):
     print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
     table = {}
     for reward, a, b in zip(rewards, before, after):
-        base, trained, difference, half = interval(a, b)
-        low, high = difference - half, difference + half
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
+        gain = (b - a).nanmean(dim=1)  # paired by prompt
+        gain = gain[gain.isfinite()]  # prompts without a score are left out
+        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
+        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
-
-
-def interval(before, after):
-    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
-    difference = (after - before).nanmean(dim=1)
-    difference = difference[difference.isfinite()]  # prompts without a score are left out
-    half = 1.96 * difference.std() / len(difference) ** 0.5
-    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
 
 
 def main(argv=None):
@@ -322,7 +319,7 @@ def main(argv=None):
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, T = grid[0] * grid[1], len(t) - 1
     run = open_run(args, args.reward)
-    lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
+    lr = LR * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
@@ -344,8 +341,8 @@ def main(argv=None):
     vlms = {}
     rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
     sigma = noise_levels(t, trained, args.noise_level)
-    schedule = torch.stack([t[:-1], t.diff(), sigma])[:, :, None, None].to(device)                           # (3, T, 1, 1)
-    keep = {k for step in trained for k in (step, step + 1)}
+    kappa = mean_shift(t[:-1], t.diff(), sigma) if args.printed_ratio else torch.full((T,), (tokens * config["in_channels"]) ** -0.5)
+    schedule = torch.stack([t[:-1], kappa])[:, :, None, None].to(device)                                     # (2, T, 1, 1)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
@@ -354,7 +351,7 @@ def main(argv=None):
     share = sum(param.numel() for param in policy.parameters()) // world  # of the weights, a rank's own rows
     memory = plan_memory(config, vae.config, device, Job(
         tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
-        kept=4 * state_floats * (len(keep) + len(trained) * (1 + bool(args.kl_coef))),
+        kept=4 * state_floats * len(trained) * (3 + bool(args.kl_coef)),
         encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards), table=vlm_bytes(rewards + judges),
         parked=dtype.itemsize * share * bool(args.kl_coef),
         offload=args.offload, checkpointing=checkpointing))
@@ -373,9 +370,9 @@ def main(argv=None):
     sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
 
     def rows(states, group, micro):
-        """x, x_next (B, N, C) and t, dt, sigma (B, 1, 1) of a micro-batch."""
-        x, x_next = (torch.stack([states[k + d][group, g] for k, g in micro]) for d in (0, 1))
-        return x, x_next, *schedule[:, [k for k, _ in micro]]
+        """x, z (B, N, C) and t, kappa (B, 1, 1) of a micro-batch."""
+        x, z = (torch.stack([states[k][d][group, g] for k, g in micro]) for d in (0, 1))
+        return x, z, *schedule[:, [k for k, _ in micro]]
 
     # ---- 9. header, reward threads, frozen velocities (same in grpo, nft) ------------------------------------
     pools = reward_threads(rewards, device)
@@ -386,7 +383,7 @@ def main(argv=None):
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {T} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
+        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
               f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         for reward in rewards:
             weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
@@ -442,11 +439,12 @@ def main(argv=None):
         ids = shares[step]
         seat_judges(rewards, device)
         images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
-        for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
+        for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, trained):
             states.append(kept)
             asked = [requests[i] for _, i, _ in chunk]
             futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
-        states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in keep}      # (groups, G, N, C)
+        states = {k: [torch.cat(parts).unflatten(0, (len(ids), G)) for parts in zip(*(kept[k] for kept in states))]
+                  for k in trained}                                                                          # x, z (groups, G, N, C)
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -455,8 +453,6 @@ def main(argv=None):
         if reference:
             fill(slot, reference)
             v_ref = frozen_velocities(ids, states)
-        offsets = [guided_offset(v, *rows(states, group, micro_batches[m])) for (group, m), v in v_old.items()]
-        offsets = torch.cat(offsets).view(len(ids), len(trained), G).mean((0, 2)).clamp(min=0).sqrt()        # per trained step
         cuda and torch.cuda.synchronize()
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -484,10 +480,10 @@ def main(argv=None):
                 prefixes = [policy.prefix([prompt], grid) for prompt in encoded[ids[group]][:branches]]
                 leaves = [*map(detach_prefix, prefixes)]
                 for m, micro in enumerate(micro_batches):
-                    x, x_next, *step_rows = rows(states, group, micro)
+                    x, z, t_rows, kappas = rows(states, group, micro)
                     a = advantage[group, [g for _, g in micro]].to(device)                                   # (B,)
-                    v = guided_velocity(policy, x, step_rows[0].flatten(), *leaves, cfg=cfg)                 # (B, N, C)
-                    loss, ratio = grpo_loss(v, v_old[group, m], x, x_next, *step_rows, a, args.clip_eps)
+                    v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
+                    loss, ratio = grpo_loss(v, v_old[group, m], z, kappas, a, args.clip_eps)
                     total += loss.detach()
                     if reference:
                         penalty = kl_loss(v, v_ref[group, m])
@@ -513,9 +509,14 @@ def main(argv=None):
                 save_checkpoint(run / "checkpoint", step, policy, optimizer)
                 raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none "
                                    "was applied. Look at log.jsonl and samples/ for what went wrong before; --resume with a lower --lr")
-            deviation = (torch.cat(ratios) - 1).abs()
-            ratio_dev.append(deviation.max().item())
-            clip_frac.append((deviation > args.clip_eps).float().mean().item())
+            ratios = torch.cat(ratios).view(groups, len(trained), G)
+            a = advantage[update * groups:(update + 1) * groups, None].to(device)                            # (groups, 1, G)
+            energy = (a * ratios * schedule[1, trained, :, 0]).square()  # of the gradient with respect to v, but for |z|
+            energy = energy.where((ratios - 1) * a.sign() <= args.clip_eps, 0).sum((0, 2))  # the clip lets no gradient through
+            step_share = (energy / energy.sum().clamp(min=1e-30)).tolist()
+            ratio_std = ratios.log().std((0, 2)).tolist()
+            ratio_dev.append((ratios - 1).abs().max().item())
+            clip_frac.append(((ratios - 1).abs() > args.clip_eps).float().mean().item())
             losses.append(total.item() * scale)
             penalties.append(kl.item() * scale)
             norms.append(norm)
@@ -529,7 +530,7 @@ def main(argv=None):
                    "train": train_seconds}
         parts = all_gather_list([{
             "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": bool(stop),
-            "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "guided_offset": offsets.tolist()},
+            "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "ratio_std": ratio_std, "step_share": step_share},
             "max": {"ratio_dev": ratio_dev}}])
         log.append({"step": step, **step_record(parts, rewards), "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
                     "images_per_second": P * G / sum(seconds.values()),

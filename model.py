@@ -1003,7 +1003,8 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
 
 
 def sampling_settings(root, size=None, steps=None, cfg=None):
-    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (T+1,), guidance scale."""
+    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (T+1,), guidance scale, which is
+    1 (none) where neither names one, as Qwen-Image-2.1 is meant to be sampled."""
     index = read_config(root / "model_index.json")
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
@@ -1012,15 +1013,22 @@ def sampling_settings(root, size=None, steps=None, cfg=None):
     grid = height // 16, width // 16
     t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], 40 if steps is None else steps,
                   index.get("sample_sigmas") if steps is None else None)
-    return grid, t, own.get("guidance_scale", 4.0) if cfg is None else cfg
+    return grid, t, own.get("guidance_scale", 1.0) if cfg is None else cfg
+
+
+def guidance_source(root, cfg, flag="--cfg"):
+    """Where a run's guidance scale comes from, for its header: the flag, if it was given, or the checkpoint."""
+    if cfg is not None:
+        return flag
+    return f"of {root}" if "guidance_scale" in read_config(root / "model_index.json").get("_sampling", {}) else f"{root} names none"
 
 
 def noise_levels(t, steps, noise_level):
-    """sigma_t = a sqrt(t/(1-t)) of the steps to be sampled stochastically, 0 elsewhere: t (T+1,) -> (T,) fp32.
+    """sigma_t = a sqrt(t/(1-t)) of the steps to be sampled stochastically, 0 elsewhere: t (T+1,) -> (T,).
 
     At t = 1 the formula diverges; the second grid value stands in for it.
     """
-    sigma = torch.zeros(len(t) - 1)
+    sigma = torch.zeros_like(t[:-1])
     finite = t[:-1].clamp(max=t[1])
     sigma[steps] = noise_level * (finite / (1 - finite)).sqrt()[steps]
     return sigma
@@ -1045,10 +1053,9 @@ def sde_mean_std(x, v, t, dt, sigma):
     return x + drift * dt, sigma * (-dt).sqrt()
 
 
-def gaussian_logp(x, mean, std):
-    """log N(x; mean, std^2), the mean over tokens and channels instead of the joint density's sum: (B, N, C) -> (B,)."""
-    logp = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return logp.mean(dim=(1, 2))
+def mean_shift(t, dt, sigma):
+    """kappa_t: by how many of the step's std its mean moves for a velocity that is smaller by 1, d(mean)/dv / -std of `sde_mean_std`."""
+    return (-dt).sqrt() * (1 + sigma**2 * (1 - t) / (2 * t)) / sigma
 
 
 def guided_velocity(model, x, t, cond, uncond=None, cfg=1.0):
@@ -1105,7 +1112,8 @@ class Sampler:
         """Sample one image per pair (Prompt, Prompt without text); images of a prompt share the pair's objects.
 
         generators: one per image; grid: (h, w) latents; t (T+1,), sigma (T,) as from `timesteps` and `noise_levels`;
-        cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and the states {k: x_k} for k in keep, all fp32.
+        cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and {k: (x_k, z_k)} for k in keep, z_k None where no noise was added
+        after x_k; all fp32.
         """
         device = self.model.img_in.weight.device
         shape = grid[0] * grid[1], self.model.config["in_channels"]
@@ -1117,14 +1125,14 @@ class Sampler:
         b.cfg.fill_(cfg)
         states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
         for k, row in enumerate(rows):
-            if k in keep:
-                states[k] = b.x.clone()
             b.row.copy_(row)
             if sigma[k] > 0:
                 b.noise.copy_(draw_noise(generators, shape))
+            if k in keep:
+                states[k] = b.x.clone(), b.noise.clone() if sigma[k] > 0 else None
             self.step(b)
         if len(rows) in keep:
-            states[len(rows)] = b.x.clone()
+            states[len(rows)] = b.x.clone(), None
         return b.x.clone(), states
 
     def step(self, b):
@@ -1221,7 +1229,7 @@ def split_batches(images, encoded, size, tokens):
 
 def sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
     """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields (part of the list,
-    x_0 (B, N, C), states {k: x_k (B, N, C)})."""
+    x_0 (B, N, C), states {k: (x_k, z_k) (B, N, C)})."""
     for part in split_batches(images, encoded, batch, grid[0] * grid[1]):
         pairs, generators = [encoded[prompt] for _, prompt, _ in part], [image_generator(seed, *key) for key in part]
         yield part, *sampler(pairs, generators, grid, t, sigma, cfg, keep)
@@ -1928,7 +1936,19 @@ def host_memory():
     return total if allowed == "max" else min(total, int(allowed))
 
 
-# ---- 8. pictures ---------------------------------------------------------------------------------------------
+# ---- 8. reports ----------------------------------------------------------------------------------------------
+
+FEW = 5  # prompts below which a mean has no interval: its standard error is itself hardly known
+
+
+def half_interval(values):
+    """Half the 95% confidence interval of the mean of n values by Student's t with n - 1 degrees of freedom; NaN if n < FEW."""
+    if len(values) < FEW:
+        return math.nan
+    z, free = 1.959964, len(values) - 1
+    quantile = (z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+                + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))  # Cornish and Fisher's expansion: right to 0.5%
+    return quantile * torch.as_tensor(values, dtype=torch.float64).std().item() / len(values) ** 0.5
 
 
 def image_grid_png(path, *rows, columns=8):

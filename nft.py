@@ -16,7 +16,8 @@ Differs from the paper:
      d = min(--old-decay, k / (k + 10)) in step k = 0, 1, ...: close behind at first, then slower.
   4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are unguided. What guidance
      adds to all of a group cancels between its good and bad images.
-  5. The paper gives no beta, A_max, KL weight or learning rate.
+  5. The paper gives no beta, A_max, KL weight or learning rate. A_max is sqrt(G-1), which no z-score of G images exceeds: a smaller one
+     would clip, and the common part of a clipped group would not cancel.
   6. A score that failed is left out and counted, never 0; an image without any has r = 1/2, which prefers nothing. One that
      does not apply is dropped for its group. The paper gives no rule.
   7. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
@@ -36,11 +37,11 @@ from concurrent.futures import wait
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks, compute_dtype,
-    create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate,
-    guided_velocity, image_generator, image_grid_png, keep_gathered, line_chart, load_checkpoint,
-    load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak,
-    new_transformer, own_rows, park, plan_memory, reduce_gradients, release, reward_threads,
+    FEW, UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks,
+    compute_dtype, create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory,
+    generate, guidance_source, guided_velocity, half_interval, image_generator, image_grid_png, keep_gathered, line_chart,
+    load_checkpoint, load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise,
+    matmul_peak, new_transformer, own_rows, park, plan_memory, reduce_gradients, release, reward_threads,
     sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, unseat_judges, vlm_bytes,
     weight_bytes, write_text)
 import torch
@@ -50,6 +51,7 @@ from tqdm import tqdm
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 CPU = torch.device("cpu")
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+LR = 5e-6  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
@@ -85,7 +87,7 @@ def parse_args(argv=None):
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=float, metavar="S",
-        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 4)")
+        help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 1)")
     add("--guided-objective", action="store_true",
         help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
     add("--train-timesteps", default="half", metavar="STEPS",
@@ -94,12 +96,13 @@ def parse_args(argv=None):
     add("--draws", type=int, default=4, metavar="N", help="of these for every image, stratified (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help="AdamW (default: 5e-6 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--lr", type=float, help=f"AdamW (default: {LR:g} x 4096 / width)")
     add("--beta", type=float, default=1.0, help="interpolation strength of Eq. 7 (default: %(default)s)")
-    add("--adv-max", type=float, default=2.0, metavar="A", help="A_max: clips advantages before they become r (default: %(default)s)")
+    add("--adv-max", type=float, metavar="A",
+        help="A_max: clips advantages before they become r (default: sqrt(G-1), the largest that an advantage can be)")
     add("--old-decay", type=float, default=0.8, metavar="D",
         help="how much of the old policy a step keeps, once it has settled (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.03, metavar="W",
+    add("--kl-coef", type=float, default=0.02, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
@@ -296,19 +299,14 @@ def report(run, rewards, before, after, title):
     print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
     table = {}
     for reward, a, b in zip(rewards, before, after):
-        base, trained, difference, half = interval(a, b)
-        low, high = difference - half, difference + half
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
+        gain = (b - a).nanmean(dim=1)  # paired by prompt
+        gain = gain[gain.isfinite()]  # prompts without a score are left out
+        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
+        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
-
-
-def interval(before, after):
-    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
-    difference = (after - before).nanmean(dim=1)
-    difference = difference[difference.isfinite()]  # prompts without a score are left out
-    half = 1.96 * difference.std() / len(difference) ** 0.5
-    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
 
 
 def main(argv=None):
@@ -324,7 +322,7 @@ def main(argv=None):
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, T = grid[0] * grid[1], len(t) - 1
     run = open_run(args, args.reward)
-    lr = 5e-6 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
+    lr = LR * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
     G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
     P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
@@ -346,6 +344,7 @@ def main(argv=None):
     vlms = {}
     rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
+    adv_max = (G - 1) ** 0.5 if args.adv_max is None else args.adv_max
     pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
@@ -395,7 +394,7 @@ def main(argv=None):
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {T} steps, guidance {cfg:g}; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
+        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
               f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         for reward in rewards:
             weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
@@ -456,7 +455,7 @@ def main(argv=None):
             states.append(kept)
             asked = [requests[i] for _, i, _ in chunk]
             futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
-        x0 = torch.cat([kept[T] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
+        x0 = torch.cat([kept[T][0] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
         states = [noised(x0[group], step, i) for group, i in enumerate(ids)]
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -494,7 +493,7 @@ def main(argv=None):
                 leaves = [*map(detach_prefix, prefixes)]
                 for m, micro in enumerate(micro_batches):
                     x, v_target, t_rows = rows(states, group, micro)
-                    r = optimality(advantage[group, [g for _, g in micro]], args.adv_max).to(device)         # (B,)
+                    r = optimality(advantage[group, [g for _, g in micro]], adv_max).to(device)              # (B,)
                     v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
                     loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
                     total += loss.detach()

@@ -30,12 +30,12 @@ from typing import NamedTuple
 from pathlib import Path
 
 from model import (
-    Job, Sampler, all_gather_list, backward_prefixes, compile_blocks, compute_dtype, create_shared,
-    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate,
-    guided_velocity, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer,
-    own_rows, park, plan_memory, read_config, reduce_gradients, release, sample, sampling_settings,
-    save_checkpoint, save_model, seat_judges, setup, shard, vlm_bytes, weight_bytes, write_text)
+    FEW, Job, Sampler, all_gather_list, backward_prefixes, compile_blocks, compute_dtype, create_shared,
+    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guided_velocity,
+    half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
+    load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, own_rows, park,
+    plan_memory, read_config, reduce_gradients, release, sample, sampling_settings, save_checkpoint,
+    save_model, seat_judges, setup, shard, vlm_bytes, weight_bytes, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("teachers").add_argument
     add("--teacher", nargs="+", required=True, metavar="TASK=DIR",
         help="for every task of the prompts (t2i, edit, or what `task` says) the model of its teacher: directory or hub id")
-    add("--teacher-cfg", type=float, metavar="S", help="guidance scale of all teachers (default: each checkpoint's own, else 4)")
+    add("--teacher-cfg", type=float, metavar="S", help="guidance scale of all teachers (default: each checkpoint's own, else 1)")
     add("--judge", nargs="+", default=[], metavar="R", help="rewards of the final table, as in grpo.py")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=int, metavar="P",
@@ -220,19 +220,14 @@ def report(run, rewards, before, after, title):
     print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
     table = {}
     for reward, a, b in zip(rewards, before, after):
-        base, trained, difference, half = interval(a, b)
-        low, high = difference - half, difference + half
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": [low, high]}
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   [{low:+.3f}, {high:+.3f}]")
+        gain = (b - a).nanmean(dim=1)  # paired by prompt
+        gain = gain[gain.isfinite()]  # prompts without a score are left out
+        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
+        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
-
-
-def interval(before, after):
-    """Two (prompts, images) score tensors -> their means, the difference and half its 95% interval, paired by prompt."""
-    difference = (after - before).nanmean(dim=1)
-    difference = difference[difference.isfinite()]  # prompts without a score are left out
-    half = 1.96 * difference.std() / len(difference) ** 0.5
-    return before.nanmean().item(), after.nanmean().item(), difference.mean().item(), half.item()
 
 
 def main(argv=None):
@@ -291,7 +286,7 @@ def main(argv=None):
     teachers = {}
     for task, teacher in roots.items():  # through the student's storage: a rank reads and keeps its own rows alone
         own = read_config(teacher / "model_index.json").get("_sampling", {})
-        guidance = own.get("guidance_scale", 4.0) if args.teacher_cfg is None else args.teacher_cfg
+        guidance = own.get("guidance_scale", 1.0) if args.teacher_cfg is None else args.teacher_cfg
         teacher_rows = park(own_rows(load_weights(policy, teacher / "transformer")), dtype)
         teachers[task] = Teacher(teacher_rows, guidance, own.get("trained_on", []))
     load_weights(policy, root / "transformer")
@@ -315,7 +310,7 @@ def main(argv=None):
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
         print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for task, teacher in teachers.items():
-            print(f"teacher {task}: guidance {teacher.cfg:g}; {roots[task]}")
+            print(f"teacher {task}: guidance {teacher.cfg:g} ({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')})")
 
     @torch.no_grad()
     def teacher_velocities(task, ids, states):
@@ -366,7 +361,7 @@ def main(argv=None):
         ids = shares[step]
         images = [(step, i, g) for i in ids for g in range(G)]
         states = [kept for *_, kept in sample(sampler, encoded, images, grid, t, torch.zeros(T), 1.0, args.seed, batch, trained)]
-        states = {k: torch.cat([kept[k] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
+        states = {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
         cuda and torch.cuda.synchronize()
         rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 

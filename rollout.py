@@ -30,10 +30,10 @@ import time
 from pathlib import Path
 
 from model import (
-    UNDEFINED, Request, Sampler, compute_dtype, create_shared, encode_prompts, find_model, forward_flops,
-    generate, image_grid_png, load_prompts, load_rewards, load_vae, longest_prefix, materialise,
-    matmul_peak, new_transformer, read_config, reward_threads, sampling_settings, seat_judges, setup,
-    write_text)
+    FEW, UNDEFINED, Request, Sampler, compute_dtype, create_shared, encode_prompts, find_model, forward_flops,
+    generate, guidance_source, half_interval, image_grid_png, load_prompts, load_rewards, load_vae,
+    longest_prefix, materialise, matmul_peak, new_transformer, read_config, reward_threads, sampling_settings,
+    seat_judges, setup, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--height", type=int, metavar="H", help="pixels, a multiple of 32 (default: --width, else the checkpoint's, else 512)")
     add("--width", type=int, metavar="W", help="the same (default: --height, else the checkpoint's, else 512)")
     add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40")
-    add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 4)")
+    add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 1)")
     add("--seed", type=int, default=0, help="decides all noise (default: %(default)s)")
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: the group size, at most 8)")
     add("--reward", nargs="+", default=[], metavar="R", help="score the images; the same forms as in grpo.py")
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--curate", nargs="+", metavar="DIR", help="write the prompts whose images differ in composite reward")
     add("--min-range", type=float, metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
     add("--quantile", type=float, default=0.5, metavar="Q",
-        help="without --min-range: keep what exceeds this quantile of its category's ranges (default: %(default)s)")
+        help="without --min-range: drop this share of every category's prompts, those of the smallest ranges (default: %(default)s)")
     add("--calibrate", nargs="+", metavar="DIR", help="print how the rewards relate within groups, per category")
     add("--compare", nargs="+", metavar="NAME=DIR", help="checkpoints drawn with the same prompts and seed; the first is the base")
     add("--vote", default="composite", metavar="R", help="reward that decides the pairwise votes (default: %(default)s)")
@@ -200,7 +200,8 @@ def score_table(records):
 
 
 def curate(records, min_range, quantile):
-    """Prompts whose intra-group range of the composite exceeds `min_range` or, if that is None, the quantile of their category.
+    """Prompts whose intra-group range of the composite exceeds `min_range` or, if that is None, is among the largest of their category:
+    all but a share `quantile` of its prompts, of equal ranges the first, and none of range 0.
 
     Returns the ranges (P,) and whether each prompt is kept (P,).
     """
@@ -208,9 +209,10 @@ def curate(records, min_range, quantile):
     ranges = group_ranges(score_array(records, "composite"))
     keep = np.zeros(len(ranges), bool)
     for rows in category_rows(records).values():
-        limit = np.nanquantile(ranges[rows], quantile) if min_range is None else min_range
-        keep[rows] = ranges[rows] > limit
-    return ranges, keep
+        rows = np.array(rows)
+        largest = rows[np.argsort(-ranges[rows], kind="stable")][:len(rows) - math.floor(quantile * len(rows))]  # NaN comes last
+        keep[largest if min_range is None else rows] = True
+    return ranges, keep & (ranges > (0 if min_range is None else min_range))
 
 
 def write_curated(records, ranges, keep, out):
@@ -283,16 +285,11 @@ def resample(count, draws, seed=0):
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
 
 
-def mean_difference(base, scores, draws=2000):
-    """Paired difference of two (P, G) arrays and its 95% bootstrap interval over prompts: (difference, low, high)."""
-    gain = scores - base
-    total, count = np.nansum(gain, 1), np.isfinite(gain).sum(1)                                              # (P,)
-    if not count.any():
-        return np.nan, np.nan, np.nan
-    times = resample(len(gain), draws)
-    sums, counts = times @ total, times @ count                                                              # (draws,)
-    low, high = np.quantile((sums / np.maximum(counts, 1))[counts > 0], [0.025, 0.975])
-    return total.sum() / count.sum(), low, high
+def mean_difference(base, scores):
+    """Paired difference of two (P, G) arrays and its 95% interval over prompts, NaN where they are too few: (difference, low, high)."""
+    gain = [mean(row) for row in scores - base if np.isfinite(row).any()]                                    # one per prompt
+    half = half_interval(gain)
+    return mean(np.array(gain)), mean(np.array(gain)) - half, mean(np.array(gain)) + half
 
 
 def compare_means(players):
@@ -306,7 +303,8 @@ def compare_means(players):
                 difference, low, high = mean_difference(first, scores)
                 average, difference, *interval = (float(x) if np.isfinite(x) else None for x in (mean(scores), difference, low, high))
                 found.setdefault(category, {}).setdefault(reward, {})[name] = {
-                    "mean": average, "difference": difference, "interval": interval, "trained_on": reward in trained_on(players[name])}
+                    "mean": average, "difference": difference, "interval": interval, "prompts": np.isfinite(scores).any(1).sum().item(),
+                    "trained_on": reward in trained_on(players[name])}
     return found
 
 
@@ -336,7 +334,9 @@ def ratings(wins):
 
 
 def rating_intervals(votes, draws=300):
-    """Ratings of votes (P, n, n) and their 95% bootstrap intervals over prompts: (n,), (n,), (n,)."""
+    """Ratings of votes (P, n, n) and their 95% bootstrap intervals over prompts, NaN if these are too few: (n,), (n,), (n,)."""
+    if len(votes) < FEW:
+        return ratings(votes.sum(0)), *np.full((2, votes.shape[1]), np.nan)
     times = resample(len(votes), draws)
     low, high = np.quantile([ratings(np.tensordot(row, votes, 1)) for row in times], [0.025, 0.975], axis=0)
     return ratings(votes.sum(0)), low, high
@@ -351,25 +351,31 @@ def compare_ratings(players, reward, tie):
     for category, rows in table_rows(next(iter(players.values()))).items():
         voted = votes[rows][votes[rows].any((1, 2))]  # prompts that this reward has rated
         if len(voted):
-            found[category] = {name: {"rating": r, "interval": [a, b], "trained_on": reward in trained_on(players[name])}
+            found[category] = {name: {"rating": r, "interval": [a, b] if np.isfinite(a) else [None, None], "prompts": len(voted),
+                                      "trained_on": reward in trained_on(players[name])}
                                for name, r, a, b in zip(players, *rating_intervals(voted))}
     return found
+
+
+def bounds(interval, spec):
+    """A 95% interval as text."""
+    return f"[{', '.join(format(x, spec) for x in interval)}]" if None not in interval else "too few prompts"
 
 
 def comparison_text(players, means, elo, vote, tie):
     """Both tables as Markdown; a star marks a judge that the checkpoint was trained on."""
     base, *others = players
-    lines = [[category, reward, number(cells[base]["mean"]),
-              *("{}{} ({} [{}, {}])".format(number(cell["mean"]), "*" * cell["trained_on"], *(
-                  number(x, "+.3f") for x in (cell["difference"], *cell["interval"]))) for cell in map(cells.get, others))]
-             for category, rewards in means.items() for reward, cells in rewards.items()]
-    rated = [[category, *("{:.0f}{} [{:.0f}, {:.0f}]".format(cell["rating"], "*" * cell["trained_on"], *cell["interval"])
-                          for cell in cells.values())] for category, cells in elo.items()]
+    lines = [[category, reward, str(cells[base]["prompts"]), number(cells[base]["mean"]),
+              *(f"{number(cell['mean'])}{'*' * cell['trained_on']} ({number(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')})"
+                for cell in map(cells.get, others))] for category, rewards in means.items() for reward, cells in rewards.items()]
+    rated = [[category, str(cells[base]["prompts"]), *(
+        f"{cell['rating']:.0f}{'*' * cell['trained_on']} {bounds(cell['interval'], '.0f')}" for cell in cells.values())]
+        for category, cells in elo.items()]
     return "\n".join([
         f"Means of {len(players[base])} images each; in brackets the paired difference from {base} and its 95% interval.", "",
-        table(["category", "reward", *players], lines), "",
+        table(["category", "reward", "prompts", *players], lines), "",
         f"Elo from pairwise votes by {vote} (ties within {tie:g} standard deviations), with 95% intervals.", "",
-        table(["category", *players], rated), "", "A star marks a judge that the checkpoint was trained on."])
+        table(["category", "prompts", *players], rated), "", "A star marks a judge that the checkpoint was trained on."])
 
 
 def compare(players, vote, tie, out):
@@ -463,7 +469,7 @@ def draw(args):
     done = {(record["id"], record["image"]) for record in before if not record.get("failed")}  # failed scores are tried again
     todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
     if rank == 0:
-        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, guidance {cfg:g}"
+        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)})"
               + f"; {len(requests) - len(todo)} prompts are there already" * (len(todo) < len(requests)))
     mine = todo[rank::world]
     vae = load_vae(root, device, dtype)

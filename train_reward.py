@@ -366,7 +366,8 @@ def main(argv=None):
             raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    # torch's eps of 1e-8 would damp the steps of 8B parameters, whose gradient of norm 1 has an rms of 1e-5, and less later
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01, fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
     micro_batch = args.micro_batch or (1 if cuda else 32)
     if rank == 0:
@@ -396,13 +397,13 @@ def main(argv=None):
             rated, read = rated + len(examples), read + inputs["input_ids"].numel()
         total = sum(all_gather_list([total]))
         release(vlm)
-        torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running = total if running is None else 0.95 * running + 0.05 * total
-        bar.set_postfix(loss=f"{running:.3f}")
+        bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}", grad_rms=f"{norm / count**0.5:.1e}")
         if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
     if rank == 0 and rated:

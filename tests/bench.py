@@ -5,6 +5,8 @@
     python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
     python tests/bench.py judges       # what computing in bf16 does to the tiny scorers
+    python tests/bench.py gradient     # what each trained step adds to GRPO's gradient
+    python tests/bench.py noise        # what its stochastic steps cost the pictures of a rollout
     python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
 
 What is compared runs interleaved in one process; tables give medians.
@@ -319,7 +321,75 @@ def bench_plan(args, config=REAL, text=200):
           f"{model.in_words(model.host_bytes(config, args.gpus, job, cuda=True))}")
 
 
-BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges}
+# ---- the gradient of GRPO ------------------------------------------------------------------------------------
+
+
+def bench_gradient(batches=12, prompts=16, group=8, noise_level=0.7):
+    """Share of every trained step in the gradient of the first update, on the tiny base and its aesthetic reward, as grpo.py weighs the
+    steps and with the weights of Eq. 6 as printed. Energy: mean squared norm of a batch's gradient, nearly all of it noise. Signal: mean
+    product of the gradients of two batches, whose expectation is the squared norm of the expected gradient."""
+    import grpo
+    root, device = TINY / "model", torch.device("cpu")
+    grid, t, cfg = model.sampling_settings(root)
+    trained = grpo.trained_steps("4", len(t) - 1)
+    sigma = model.noise_levels(t, trained, noise_level)
+    kappa = model.mean_shift(t[:-1], t.diff(), sigma)
+    network = model.materialise(model.new_transformer(root, torch.float32), root, device)
+    vae, requests = model.load_vae(root, device, torch.float32), model.load_prompts(TINY / "prompts.jsonl")
+    (reward,), sampler = model.load_rewards(["aesthetic"], root, device, {}), model.Sampler(network, False)
+    floats = grid[0] * grid[1] * network.config["in_channels"]
+    gradients = {k: [] for k in trained}
+    for batch in range(batches):
+        ids = grpo.prompt_ids(batch, len(requests), prompts, seed=0)
+        encoded = model.encode_prompts(root, vae, {i: requests[i] for i in ids}, 64 * 64, device)
+        images = [(batch, i, g) for i in ids for g in range(group)]
+        _, pictures, states = zip(*model.generate(sampler, vae, encoded, images, grid, t, sigma, cfg, 0, 64, trained))
+        scores = reward([picture for few in pictures for picture in few], [requests[i] for _, i, _ in images])
+        advantage = grpo.group_advantage(torch.tensor([score for score, _ in scores]).view(1, prompts, group), torch.ones(1, prompts))
+        for k in trained:
+            x_k, z_k = (torch.cat(parts).split(group) for parts in zip(*(kept[k] for kept in states)))
+            for i, x, z, a in zip(ids, x_k, z_k, advantage):
+                v = network.velocity(x, t[k].expand(group), network.prefix(encoded[i][:1], grid))
+                loss, _ = grpo.grpo_loss(v, v.detach(), z, floats**-0.5, a, 0.1)
+                (loss / (prompts * group)).backward()
+            gradients[k].append(torch.cat([param.grad.flatten() for param in network.parameters() if param.grad is not None]))
+            network.zero_grad()
+    print("| t | kappa | energy | signal | energy as printed | signal as printed |\n|---|---|---|---|---|---|")
+    rows = []
+    for k in trained:
+        g = torch.stack(gradients[k]).double()
+        products = g @ g.T                                                                                   # (batches, batches)
+        energy, weight = products.diagonal().mean(), kappa[k].double() ** 2
+        signal = (products.sum() - products.trace()) / (batches * (batches - 1))
+        rows.append([energy, signal, weight * energy, weight * signal])
+    total = torch.tensor(rows).sum(0)
+    for k, row in zip(trained, torch.tensor(rows)):
+        print(f"| {t[k]:.3f} | {kappa[k]:.3f} | {' | '.join(f'{share:.0%}' for share in row / total)} |")
+
+
+def bench_noise(levels=(0, 0.7, 1.2), group=12):
+    """Oracle scores of held-out pictures drawn by the ODE and with grpo.py's stochastic steps at several noise levels, same initial noise."""
+    import grpo
+    import world
+    root, device = TINY / "model", torch.device("cpu")
+    grid, t, cfg = model.sampling_settings(root)
+    network = model.materialise(model.new_transformer(root, torch.float32), root, device).requires_grad_(False)
+    vae, requests = model.load_vae(root, device, torch.float32), dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")))
+    encoded, images = model.encode_prompts(root, vae, requests, 64 * 64, device), [(0, i, g) for i in requests for g in range(group)]
+    prompts, first = [requests[i].prompt for _, i, _ in images], None
+    print(f"{len(images)} pictures\n| noise level | strict | difference | aesthetic | difference |\n|---|---|---|---|---|")
+    for level in levels:
+        sigma = model.noise_levels(t, grpo.trained_steps("4", len(t) - 1), level)
+        batches = model.generate(model.Sampler(network, False), vae, encoded, images, grid, t, sigma, cfg, 0, 64)
+        pictures = [picture for _, few, _ in batches for picture in few]
+        found = [torch.tensor(score(pictures, prompts, [[]] * len(images))).view(-1, group).mean(1)
+                 for score in (world.strict_reward, world.aesthetic_reward)]
+        first = first or found
+        cells = [f"{a.mean():.3f} | {(a - b).mean():+.3f} ± {model.half_interval(a - b):.3f}" for a, b in zip(found, first)]
+        print(f"| {level or 'ODE'} | {' | '.join(cells)} |")
+
+
+BENCHES = {"gradient": bench_gradient, "noise": bench_noise, "sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,10 +1,12 @@
 """grpo.py: its equations against second formulations, and the script itself in one process and in two."""
 
+import numpy as np
 import pytest
 import torch
 
-from grpo import group_advantage, grpo_loss, guided_offset, kl_loss, prompt_ids, rank_share, trained_steps
-from model import sde_mean_std
+import model
+from grpo import group_advantage, grpo_loss, kl_loss, prompt_ids, rank_share, trained_steps
+from model import mean_shift, sde_mean_std
 from runs import ORACLE, ROOT, SMALL, checkpoint, run_script
 
 # Equations
@@ -33,49 +35,113 @@ def test_advantage_ignores_constant_groups_and_failed_scores():
     assert group_advantage(torch.full((2, 1, 4), float("nan")), torch.full((2, 1), 0.5)).abs().max() == 0
 
 
+def log_prob(x_next, x, v, t, dt, sigma):
+    """Of a stochastic step, per dimension: the reverse-time SDE written through the score of the marginal."""
+    score = -(x + (1 - t) * v) / t
+    return torch.distributions.Normal(x + (v - sigma**2 / 2 * score) * dt, sigma * (-dt) ** 0.5).log_prob(x_next)
+
+
 def loss_inputs():
     torch.manual_seed(0)
-    v_old, x, x_next = torch.randn(3, 6, 16, 4, dtype=torch.float64)
+    v_old, x, z = torch.randn(3, 6, 16, 4, dtype=torch.float64)
     t, dt, sigma = (torch.full((6, 1, 1), value, dtype=torch.float64) for value in (0.8, -0.1, 0.9))
-    return v_old, x, x_next, t, dt, sigma, torch.randn(6, dtype=torch.float64)
+    return v_old, x, z, (t, dt, sigma), torch.randn(6, dtype=torch.float64)
 
 
-def test_loss_equals_the_clipped_surrogate_with_torch_distributions():
-    v_old, x, x_next, t, dt, sigma, advantage = loss_inputs()
+def test_printed_loss_equals_the_clipped_surrogate_with_torch_distributions():
+    """Eq. 6 with the joint density, at the state to which the noise leads from the old policy's mean."""
+    v_old, x, z, step, advantage = loss_inputs()
     v = v_old + torch.tensor([0.001, 0.002, 0.02, 0.03, 0.05, 0.1])[:, None, None] * torch.randn_like(v_old)
-    loss, ratio = grpo_loss(v, v_old, x, x_next, t, dt, sigma, advantage, 1e-3)
-
-    def log_prob(velocity):  # reverse-time SDE written through the score of the marginal
-        score = -(x + (1 - t) * velocity) / t
-        mean = x + (velocity - sigma**2 / 2 * score) * dt
-        return torch.distributions.Normal(mean, sigma * (-dt) ** 0.5).log_prob(x_next).mean((1, 2))
-
-    r = (log_prob(v) - log_prob(v_old)).exp()
-    expected = torch.stack([-min(r_i * a, max(min(r_i, 1.001), 0.999) * a) for r_i, a in zip(r, advantage)]).sum()
+    loss, ratio = grpo_loss(v, v_old, z, mean_shift(*step), advantage, 0.02)
+    mean_old, std = sde_mean_std(x, v_old, *step)
+    x_next = mean_old + std * z
+    r = (log_prob(x_next, x, v, *step) - log_prob(x_next, x, v_old, *step)).sum((1, 2)).exp()
+    expected = torch.stack([-min(r_i * a, max(min(r_i, 1.02), 0.98) * a) for r_i, a in zip(r, advantage)]).sum()
     torch.testing.assert_close(ratio, r)
     torch.testing.assert_close(loss, expected)
-    assert ((r - 1).abs() > 1e-3).any() and ((r - 1).abs() < 1e-3).any()  # both branches of the clip were met
+    assert ((r - 1).abs() > 0.02).any() and ((r - 1).abs() < 0.02).any()  # both branches of the clip were met
 
 
 def test_gradient_at_ratio_one_is_reinforce():
-    v_old, x, x_next, t, dt, sigma, advantage = loss_inputs()
+    v_old, x, z, step, advantage = loss_inputs()
     v = v_old.clone().requires_grad_()
-    loss, ratio = grpo_loss(v, v_old, x, x_next, t, dt, sigma, advantage, 1e-3)
+    loss, ratio = grpo_loss(v, v_old, z, mean_shift(*step), advantage, 1e-3)
     assert (ratio == 1).all()
     w = v_old.clone().requires_grad_()
-    mean = x + (w + sigma**2 / (2 * t) * (x + (1 - t) * w)) * dt
-    logp = torch.distributions.Normal(mean, sigma * (-dt) ** 0.5).log_prob(x_next).mean((1, 2))
+    mean_old, std = sde_mean_std(x, v_old, *step)
+    logp = log_prob(mean_old + std * z, x, w, *step).sum((1, 2))
     torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.autograd.grad(-(advantage * logp).sum(), w)[0])
 
 
-def test_guided_offset_is_how_far_the_mean_was_moved():
-    """x_next drawn around a mean that is moved by 0.7 std."""
-    torch.manual_seed(0)
-    v_old, x = torch.randn(2, 6, 400, 16)
-    t, dt, sigma = (torch.full((6, 1, 1), value) for value in (0.8, -0.1, 0.9))
-    mean, std = sde_mean_std(x, v_old, t, dt, sigma)
-    x_next = mean + std * (0.7 + torch.randn_like(x))
-    assert guided_offset(v_old, x, x_next, t, dt, sigma).mean().sqrt().item() == pytest.approx(0.7, abs=0.02)
+@pytest.mark.parametrize("w", [1.0, 2.0, 4.0])
+def test_hybrid_gradient_is_that_of_the_guided_sampler(w):
+    """One dimension, v_c = theta x + 0.3 trained, v_u = -0.2 x frozen, two stochastic steps and two of the ODE, reward -(x_0 - 1)^2.
+
+    Everything is a polynomial in the initial and the two steps' noises, so that Gauss-Hermite quadrature is exact: the loss's
+    gradient is 1/w of the expected reward's, which is differentiated through the sampler itself.
+    """
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(6))
+    noise = torch.cartesian_prod(nodes, nodes, nodes).T                                                      # x_1, z_1, z_2  (3, 216)
+    weights = torch.cartesian_prod(weights, weights, weights).prod(1) / (2 * torch.pi) ** 1.5
+    t = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.0], dtype=torch.float64)
+    sigma = model.noise_levels(t, [0, 1], 0.7).double()
+
+    def sample(theta):
+        x, states = noise[0], []
+        for k in range(4):
+            v_c = (theta if k < 2 else theta.detach()) * x + 0.3  # the loss is of the stochastic steps alone
+            mean, std = sde_mean_std(x, -0.2 * x + w * (v_c + 0.2 * x), t[k], t[k + 1] - t[k], sigma[k])
+            states.append(x)
+            x = mean + std * noise[k + 1] if k < 2 else mean
+        return -((x - 1) ** 2), states
+
+    theta = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad((weights * sample(theta)[0]).sum(), theta)
+    reward, states = sample(theta.detach())
+    found = {}
+    for name in ("printed", "default"):
+        rows = [((theta * x + 0.3)[:, None, None], noise[k + 1][:, None, None], mean_shift(t[k], t[k + 1] - t[k], sigma[k]))
+                for k, x in enumerate(states[:2])]
+        losses = [grpo_loss(v, v.detach(), z, kappa if name == "printed" else 1.0, weights * reward, 0.1)[0] for v, z, kappa in rows]
+        found[name] = [torch.autograd.grad(-loss, theta, retain_graph=True)[0] for loss in losses]
+    assert abs(exact) > 1e-3 and w * sum(found["printed"]).item() == pytest.approx(exact.item(), rel=1e-10)
+    for a, b, (*_, kappa) in zip(*found.values(), rows):  # the default drops kappa_t, the weight of a step, and nothing else
+        torch.testing.assert_close(a, kappa * b)
+
+
+def test_hybrid_gradient_on_the_tiny_model():
+    """Equals 1/w of that of the guided policy's log-density at the sampled states, whose unconditional branch is left alone."""
+    root, w, steps = ROOT / "tests" / "tiny" / "model", 3.0, [0, 2]
+    network = model.materialise(model.new_transformer(root, torch.float32), root, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    pair = tuple(model.Prompt(torch.randn(n, network.config["context_in_dim"], generator=generator), [False] * n, []) for n in (7, 3))
+    grid, t, _ = model.sampling_settings(root, (64, 64), 6)
+    sigma, generators = model.noise_levels(t, steps, 0.7), [model.image_generator(0, 0, 0, g) for g in range(4)]
+    _, states = model.Sampler(network, graphs=False)([pair] * 4, generators, grid, t, sigma, w, [0, 1, 2, 3])
+    advantage, gradients = torch.tensor([1.0, -0.5, 0.25, -0.75]), []
+    for hybrid in (True, False):
+        prefixes, total = [network.prefix([prompt], grid) for prompt in pair], 0.0
+        for k in steps:
+            x, z, x_next = *states[k], states[k + 1][0]
+            step = t[k], t[k + 1] - t[k], sigma[k]
+            v = network.velocity(x, t[k].expand(4), prefixes[0])
+            if hybrid:
+                total += grpo_loss(v, v.detach(), z, mean_shift(*step), advantage, 0.1)[0]
+            else:
+                u = network.velocity(x, t[k].expand(4), prefixes[1]).detach()
+                total -= (advantage * log_prob(x_next, x, u + w * (v - u), *step).sum((1, 2))).sum() / w
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, [*network.transformer_blocks.parameters()])]))
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3 * gradients[0].abs().max().item())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("tokens, channels", [(16, 16), (1024, 64), (4096, 64)])
+def test_the_spread_of_the_ratio_is_the_change_of_velocity(tokens, channels):
+    """Whatever the resolution: an rms change of 0.03 spreads the log-ratio by 0.03, around a mean that does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    v, z = (torch.randn(n, tokens, channels, generator=generator) for n in (1, 300))
+    _, ratio = grpo_loss(0.03 * v, torch.zeros(()), z, (tokens * channels) ** -0.5, torch.ones(300), 0.1)
+    assert ratio.log().std().item() == pytest.approx(0.03, rel=0.1) and abs(ratio.log().mean().item()) < 0.006
 
 
 def test_kl_is_the_mean_square_velocity_difference():

@@ -70,11 +70,11 @@ def test_pictures_agree_to_1e_4_across_batch_shapes_and_noise_to_the_bit():
     images, pictures = [(0, i, g) for i in (0, 1) for g in range(3)], []
     for batch in (1, 2, 6):
         x = torch.cat([model.Sampler(flow, False)([encoded[i] for _, i, _ in chunk], [model.image_generator(0, *key) for key in chunk],
-                                                  grid, t, torch.zeros(len(t) - 1), cfg, keep={0})[1][0]
+                                                  grid, t, torch.zeros(len(t) - 1), cfg, keep={0})[1][0][0]
                        for chunk in (images[k:k + batch] for k in range(0, 6, batch))])
         parts = model.generate(model.Sampler(flow, False), vae, encoded, images, grid, t, torch.zeros(len(t) - 1), cfg, 0, batch,
                                keep={len(t) - 1})
-        x0 = torch.cat([states[len(t) - 1] for *_, states in parts])
+        x0 = torch.cat([states[len(t) - 1][0] for *_, states in parts])
         with torch.no_grad():
             pictures.append((x, vae.decode(x0.mT.unflatten(2, grid))))
     for noise, picture in pictures[1:]:
@@ -183,6 +183,15 @@ def test_curation_keeps_groups_whose_range_is_large():
     assert keep[::2].sum() == keep[1::2].sum() == 5
 
 
+def test_curation_keeps_by_rank_where_ranges_tie():
+    """A reward of 0 or 1: 20 of 24 prompts have the largest range; half of the prompts are kept, and none that agrees."""
+    scores = np.zeros((24, 4))
+    scores[4:, 0] = 1
+    for quantile, kept in ((0.5, 12), (0.25, 18), (0, 20)):
+        _, keep = rollout.curate(records({"r": scores}), None, quantile)
+        assert keep.sum() == kept and not keep[:4].any() and keep[4:4 + kept].all()
+
+
 def test_curated_prompts_load_as_a_prompt_file(drawn, tmp_path):
     printed = run(tmp_path, "--curate", drawn[0] / "rollouts" / "a", "--min-range", -1, "--out", tmp_path / "sub" / "curated.jsonl")
     requests = model.load_prompts(tmp_path / "sub" / "curated.jsonl")
@@ -267,9 +276,16 @@ def test_differences_are_paired_by_prompt():
     gain[7, 1] = np.nan
     difference, low, high = rollout.mean_difference(base, base + gain)
     per_prompt = np.nanmean(gain, 1)
-    assert difference == pytest.approx(np.nanmean(gain))
-    half = 1.96 * per_prompt.std() / 50**0.5
-    assert (low, high) == pytest.approx((np.nanmean(gain) - half, np.nanmean(gain) + half), abs=0.2 * half)
+    assert difference == pytest.approx(per_prompt.mean())
+    half = 2.0096 * per_prompt.std(ddof=1) / 50**0.5  # the quantile of Student's t with 49 degrees of freedom
+    assert (low, high) == pytest.approx((per_prompt.mean() - half, per_prompt.mean() + half), rel=1e-4)
+    assert np.isnan(rollout.mean_difference(base[:4], base[:4] + gain[:4])[1:]).all()  # 4 prompts are too few
+
+
+@pytest.mark.parametrize("n, quantile", [(5, 2.7764), (6, 2.5706), (10, 2.2622), (33, 2.0369), (1000, 1.9623)])
+def test_intervals_are_students(n, quantile):
+    values = np.random.default_rng(n).normal(size=n)
+    assert model.half_interval(list(values)) == pytest.approx(quantile * values.std(ddof=1) / n**0.5, rel=5e-3)
 
 
 def test_comparison_marks_judges_that_were_trained_on():
@@ -279,6 +295,7 @@ def test_comparison_marks_judges_that_were_trained_on():
     text = rollout.comparison_text(players, means, elo, "r", 0.02)
     rows = [line for line in text.splitlines() if line.startswith("| all |")]
     assert f"{base.mean() + 0.1:.3f}* (+0.100 [+0.100, +0.100])" in rows[0] and "* (" not in rows[1]
+    assert rows[0].startswith("| all | r | 30 |")
     assert rows[-1].count("*") == 1 and set(elo) == {"all", "x", "y"}
     with pytest.raises(ValueError, match="--vote q: these images were scored by r, s, composite"):
         rollout.compare_ratings(players, "q", 0.02)
@@ -288,9 +305,10 @@ def test_a_reward_that_never_applies_is_left_open():
     base = {"r": np.ones((3, 2)), "s": np.full((3, 2), np.nan)}
     players = {"base": records(base), "rl": records(base)}
     means = rollout.compare_means(players)
-    assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": [None, None], "trained_on": False}
+    assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": [None, None], "prompts": 0,
+                                         "trained_on": False}
     text = rollout.comparison_text(players, means, rollout.compare_ratings(players, "r", 0.02), "r", 0.02)
-    assert "| all | s | - | - (- [-, -]) |" in text and json.loads(json.dumps(means, allow_nan=False)) == means
+    assert "| all | s | 0 | - | - (- too few prompts) |" in text and json.loads(json.dumps(means, allow_nan=False)) == means
 
 
 def test_votes_of_a_reward_that_some_categories_never_ask():
@@ -318,6 +336,6 @@ def test_other_prompts_or_seeds_are_not_compared():
 def test_compare_writes_its_figures(drawn, tmp_path):
     folder = drawn[0] / "rollouts" / "a"
     printed = run(tmp_path, "--compare", f"base={folder}", f"same={folder}", "--out", tmp_path / "c")
-    assert "1000 [1000, 1000]" in printed
+    assert "1000 too few prompts" in printed  # three of them
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"comparison.md", "comparison.json", "comparison.png"}
     assert json.loads((tmp_path / "c" / "comparison.json").read_text())["means"]["all"]["aesthetic"]["same"]["difference"] == 0
