@@ -394,8 +394,9 @@ def main(argv=None):
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}"
-              f", {'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
+        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); "
+              f"trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}, "
+              f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         for reward in rewards:
             weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
             print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")

@@ -365,9 +365,10 @@ def bounds(interval, spec):
 def comparison_text(players, means, elo, vote, tie):
     """Both tables as Markdown; a star marks a judge that the checkpoint was trained on."""
     base, *others = players
+    change = lambda cell: f"{number(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')}"  # noqa: E731
     lines = [[category, reward, str(cells[base]["prompts"]), number(cells[base]["mean"]),
-              *(f"{number(cell['mean'])}{'*' * cell['trained_on']} ({number(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')})"
-                for cell in map(cells.get, others))] for category, rewards in means.items() for reward, cells in rewards.items()]
+              *(f"{number(cell['mean'])}{'*' * cell['trained_on']} ({change(cell)})" for cell in map(cells.get, others))]
+             for category, rewards in means.items() for reward, cells in rewards.items()]
     rated = [[category, str(cells[base]["prompts"]), *(
         f"{cell['rating']:.0f}{'*' * cell['trained_on']} {bounds(cell['interval'], '.0f')}" for cell in cells.values())]
         for category, cells in elo.items()]
@@ -469,7 +470,8 @@ def draw(args):
     done = {(record["id"], record["image"]) for record in before if not record.get("failed")}  # failed scores are tried again
     todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
     if rank == 0:
-        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)})"
+        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, {len(t) - 1} steps, "
+              f"guidance {cfg:g} ({guidance_source(root, args.cfg)})"
               + f"; {len(requests) - len(todo)} prompts are there already" * (len(todo) < len(requests)))
     mine = todo[rank::world]
     vae = load_vae(root, device, dtype)

@@ -368,7 +368,8 @@ def bench_gradient(batches=12, prompts=16, group=8, noise_level=0.7):
 
 
 def bench_noise(levels=(0, 0.7, 1.2), group=12):
-    """Oracle scores of held-out pictures drawn by the ODE and with grpo.py's stochastic steps at several noise levels, same initial noise."""
+    """Oracle scores of held-out pictures drawn by the ODE and with grpo.py's stochastic steps at several noise levels, all from the same
+    initial noise."""
     import grpo
     import world
     root, device = TINY / "model", torch.device("cpu")
@@ -389,7 +390,8 @@ def bench_noise(levels=(0, 0.7, 1.2), group=12):
         print(f"| {level or 'ODE'} | {' | '.join(cells)} |")
 
 
-BENCHES = {"gradient": bench_gradient, "noise": bench_noise, "sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges}
+BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges,
+           "gradient": bench_gradient, "noise": bench_noise}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
