@@ -12,18 +12,19 @@ The run ends with a table: held-out prompts, same seeds, before and after. Every
 Differs from the paper:
   1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no ratio. (The paper
      samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. The ratio of Eq. 6 is that of a step whose standard deviation is larger by kappa_t sqrt(D), D latents an image: the spread of its
-     logarithm is then the rms change of velocity, in units of which --clip-eps is, at every resolution and in every step, and all
-     trained steps weigh the same. As printed (--printed-ratio) the spread is kappa_t sqrt(D) times that, kappa_t as in `mean_shift`:
-     far from 1 at 1024 px after any update, and largest where there is least noise, which would have most of the gradient.
-  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one to which the step's noise
-     leads from the old unguided mean: the gradient is then 1/scale of that of the guided sampler through its conditional branch. At
-     the sampled state, which guidance has displaced, it would be biased. Without hybrid CFG both are one. The ratio is exactly 1
-     before the first update.
+  2. The ratio of Eq. 6 is that of a step whose std is kappa_t sqrt(D) times larger, kappa_t as in `mean_shift`, D numbers an
+     image: the spread of its logarithm is then the rms change of velocity, which is the unit of --clip-eps, at every
+     resolution and step, and the velocities of all trained steps weigh the same. As printed (--printed-ratio) the spread
+     is kappa_t sqrt(D) times that: at 1024 px the ratio is far from 1 after any update, and the least noisy step has most
+     of the gradient.
+  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one to which the
+     step's noise leads from the old unguided mean: the gradient is then 1/scale of that of the guided sampler through its
+     conditional branch (before the first update, and but for the weights of difference 2). At the sampled state, which
+     guidance has displaced, it would be biased. Without hybrid CFG both are one. The first ratio is exactly 1.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
-  5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is Flow-GRPO's: at 1.2 the
-     trained steps decide more of a picture, but fewer pictures of a rollout are right. Emphasis on high noise (Sec. 4.2) is the
-     choice of the trained steps, the noisier half's.
+  5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is Flow-GRPO's: at 1.2
+     the trained steps decide more of a picture, but fewer pictures of a rollout are right. Emphasis on high noise
+     (Sec. 4.2) lies in the choice of steps: the default ones are all of the noisier half.
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
      no rule. Groups wait for their own scores, the first update for all.
@@ -102,9 +103,11 @@ def parse_args(argv=None):
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, help=f"AdamW (default: {LR:g} x 4096 / width)")
-    add("--printed-ratio", action="store_true", help="Eq. 6 with the joint density of the step (default: difference 2)")
+    add("--printed-ratio", action="store_true", 
+        help="the ratio of Eq. 6 as printed; --clip-eps, --kl-coef and --grad-clip then want larger values, 5 times on the tiny "
+             "model, 10 to 90 at 1024 px (default: difference 2)")
     add("--clip-eps", type=float, default=0.015, metavar="EPS",
-        help="ratio clip of Eq. 6, in units of the rms change of velocity in an update (default: %(default)s)")
+        help="ratio clip of Eq. 6, in units of the rms change of velocity since the rollout (default: %(default)s)")
     add("--kl-coef", type=float, default=0.25, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=int, default=2, metavar="U",
@@ -212,8 +215,9 @@ def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     advantage  (B,)       Eq. 13
     Returns the loss summed over rows, and the ratios (B,).
 
-    A step is mean + std z (Eq. 5), and training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old - v). At the state
-    to which z leads from mean_old, both policies have Gaussian densities, whose log-ratio is z^2/2 - (z - Delta)^2/2 per dimension.
+    A step is mean + std z (Eq. 5). Training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old - v), kappa as in
+    `mean_shift`; 1/sqrt(N C) stands for a larger std (difference 2). At mean_old + std z the log-ratio of the two Gaussian
+    densities is z^2/2 - (z - Delta)^2/2 = z Delta - Delta^2/2 per dimension.
     """
     delta = kappa * (v_old - v)                                                                              # (B, N, C)  Eq. 5
     ratio = (z * delta - delta**2 / 2).sum(dim=(1, 2)).exp()                                                 # (B,)       Eq. 6
@@ -301,8 +305,8 @@ def report(run, rewards, before, after, title):
         base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
         bounds = [difference - half, difference + half] if len(gain) >= FEW else None
         table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
-        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
 
 
@@ -340,8 +344,12 @@ def main(argv=None):
     # ---- 8. rewards, memory, models --------------------------------------------------------------------------
     vlms = {}
     rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
+    if args.noise_level <= 0:
+        raise ValueError(f"--noise-level {args.noise_level:g}: want more than 0; without noise Eq. 6 has no ratio")
     sigma = noise_levels(t, trained, args.noise_level)
-    kappa = mean_shift(t[:-1], t.diff(), sigma) if args.printed_ratio else torch.full((T,), (tokens * config["in_channels"]) ** -0.5)
+    kappa = torch.full((T,), (tokens * config["in_channels"]) ** -0.5)                                       # difference 2
+    if args.printed_ratio:
+        kappa = mean_shift(t[:-1], t.diff(), sigma)
     schedule = torch.stack([t[:-1], kappa])[:, :, None, None].to(device)                                     # (2, T, 1, 1)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
@@ -363,7 +371,7 @@ def main(argv=None):
     policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
     policy.checkpointing = checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
-    # eps is small because gradients are: the loss is a mean over dimensions
+    # eps is small because gradients are: a norm below 1, spread over all parameters
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
@@ -514,7 +522,6 @@ def main(argv=None):
             a = advantage[update * groups:(update + 1) * groups, None].to(device)                            # (groups, 1, G)
             energy = (a * ratios * schedule[1, trained, :, 0]).square()  # of the gradient with respect to v, but for |z|
             energy = energy.where((ratios - 1) * a.sign() <= args.clip_eps, 0).sum((0, 2))  # the clip lets no gradient through
-            step_share = (energy / energy.sum().clamp(min=1e-30)).tolist()
             ratio_std = ratios.log().std((0, 2)).tolist()
             ratio_dev.append((ratios - 1).abs().max().item())
             clip_frac.append(((ratios - 1).abs() > args.clip_eps).float().mean().item())
@@ -531,9 +538,11 @@ def main(argv=None):
                    "train": train_seconds}
         parts = all_gather_list([{
             "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": bool(stop),
-            "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "ratio_std": ratio_std, "step_share": step_share},
+            "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "ratio_std": ratio_std, "step_share": energy.tolist()},
             "max": {"ratio_dev": ratio_dev}}])
-        log.append({"step": step, **step_record(parts, rewards), "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
+        record = step_record(parts, rewards)
+        record["step_share"] = [energy / max(sum(record["step_share"]), 1e-30) for energy in record["step_share"]]
+        log.append({"step": step, **record, "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
                     "images_per_second": P * G / sum(seconds.values()),
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,

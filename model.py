@@ -3,11 +3,11 @@
   1. networks      FlowTransformer (prefix, velocity), VAE
   2. prompts       Qwen3-VL condition encoder through transformers
   3. checkpoints   the hub layout: find, load, save
-  4. flow maths    schedule, noise, Eq. 5 step, log-prob, guidance; the sampler and its CUDA graph
+  4. flow maths    schedule, noise, Eq. 5 step, guidance; the sampler and its CUDA graph
   5. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
   6. sharding      process group, FSDP2, the slot
   7. memory        what a step takes, and what there is room for
-  8. pictures      image grids, the line chart
+  8. reports       intervals, image grids, the line chart
 
 Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
 weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
@@ -1003,8 +1003,8 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
 
 
 def sampling_settings(root, size=None, steps=None, cfg=None):
-    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (T+1,), guidance scale, which is
-    1 (none) where neither names one, as Qwen-Image-2.1 is meant to be sampled."""
+    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (T+1,), guidance
+    scale, which is 1 (none) where neither names one, as Qwen-Image-2.1 is meant to be sampled."""
     index = read_config(root / "model_index.json")
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
@@ -1020,7 +1020,7 @@ def guidance_source(root, cfg, flag="--cfg"):
     """Where a run's guidance scale comes from, for its header: the flag, if it was given, or the checkpoint."""
     if cfg is not None:
         return flag
-    return f"of {root}" if "guidance_scale" in read_config(root / "model_index.json").get("_sampling", {}) else f"{root} names none"
+    return f"of {root}" if "guidance_scale" in read_config(root / "model_index.json").get("_sampling", {}) else f"default: {root} names none"
 
 
 def noise_levels(t, steps, noise_level):
@@ -1054,7 +1054,7 @@ def sde_mean_std(x, v, t, dt, sigma):
 
 
 def mean_shift(t, dt, sigma):
-    """kappa_t: by how many of the step's std its mean moves for a velocity that is smaller by 1, d(mean)/dv / -std of `sde_mean_std`."""
+    """kappa_t: by how many of its std a step's mean moves for a velocity smaller by 1, -d(mean)/dv / std of `sde_mean_std`."""
     return (-dt).sqrt() * (1 + sigma**2 * (1 - t) / (2 * t)) / sigma
 
 

@@ -304,8 +304,8 @@ def report(run, rewards, before, after, title):
         base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
         bounds = [difference - half, difference + half] if len(gain) >= FEW else None
         table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
-        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
 
 
@@ -344,7 +344,7 @@ def main(argv=None):
     vlms = {}
     rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
-    adv_max = (G - 1) ** 0.5 if args.adv_max is None else args.adv_max
+    adv_max = max(1, G - 1) ** 0.5 if args.adv_max is None else args.adv_max
     pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step

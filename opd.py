@@ -225,8 +225,8 @@ def report(run, rewards, before, after, title):
         base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
         bounds = [difference - half, difference + half] if len(gain) >= FEW else None
         table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
-        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few"
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, {len(gain)} prompts")
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
 
 
@@ -310,7 +310,8 @@ def main(argv=None):
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
         print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for task, teacher in teachers.items():
-            print(f"teacher {task}: guidance {teacher.cfg:g} ({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')})")
+            print(f"teacher {task}: guidance {teacher.cfg:g} "
+                  f"({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')}); {roots[task]}")
 
     @torch.no_grad()
     def teacher_velocities(task, ids, states):

@@ -19,6 +19,8 @@ Differs from the paper:
      say how rewards compose outside training, where Eq. 13 makes every group's spread the same.
   2. Votes come from rewards, not from people: of two images of one prompt and seed the higher score wins, a near tie counts half
      for both. A judge that a checkpoint was trained on is marked.
+  3. The paper gives no threshold for curation. Here it is half of every category's prompts, those of the largest ranges, so that the
+     mix of categories stays; or what exceeds --min-range.
 """
 
 import argparse
@@ -70,7 +72,8 @@ def parse_args(argv=None):
     add("--curate", nargs="+", metavar="DIR", help="write the prompts whose images differ in composite reward")
     add("--min-range", type=float, metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
     add("--quantile", type=float, default=0.5, metavar="Q",
-        help="without --min-range: drop this share of every category's prompts, those of the smallest ranges (default: %(default)s)")
+        help="without --min-range: drop this share of every category's prompts, those of the smallest ranges, "
+             "and all of range 0 (default: %(default)s)")
     add("--calibrate", nargs="+", metavar="DIR", help="print how the rewards relate within groups, per category")
     add("--compare", nargs="+", metavar="NAME=DIR", help="checkpoints drawn with the same prompts and seed; the first is the base")
     add("--vote", default="composite", metavar="R", help="reward that decides the pairwise votes (default: %(default)s)")
@@ -200,17 +203,19 @@ def score_table(records):
 
 
 def curate(records, min_range, quantile):
-    """Prompts whose intra-group range of the composite exceeds `min_range` or, if that is None, is among the largest of their category:
-    all but a share `quantile` of its prompts, of equal ranges the first, and none of range 0.
+    """Prompts whose intra-group range of the composite exceeds `min_range` or, if that is None, is among the largest of their
+    category: all but a share `quantile` of its prompts, of equal ranges those with the larger std, and none of range 0.
 
     Returns the ranges (P,) and whether each prompt is kept (P,).
     """
     reward_names(records)  # an error if nothing was scored
-    ranges = group_ranges(score_array(records, "composite"))
+    scores = score_array(records, "composite")
+    ranges, std = group_ranges(scores), np.array([np.std(row[np.isfinite(row)]) if np.isfinite(row).any() else 0 for row in scores])
     keep = np.zeros(len(ranges), bool)
     for rows in category_rows(records).values():
         rows = np.array(rows)
-        largest = rows[np.argsort(-ranges[rows], kind="stable")][:len(rows) - math.floor(quantile * len(rows))]  # NaN comes last
+        order = np.lexsort((-std[rows], -ranges[rows]))  # by range, then by std; NaN comes last
+        largest = rows[order][:len(rows) - math.floor(quantile * len(rows))]
         keep[largest if min_range is None else rows] = True
     return ranges, keep & (ranges > (0 if min_range is None else min_range))
 
@@ -286,14 +291,15 @@ def resample(count, draws, seed=0):
 
 
 def mean_difference(base, scores):
-    """Paired difference of two (P, G) arrays and its 95% interval over prompts, NaN where they are too few: (difference, low, high)."""
-    gain = [mean(row) for row in scores - base if np.isfinite(row).any()]                                    # one per prompt
+    """Paired difference of two (P, G) arrays and its 95% interval over prompts, NaN where they are too few: (difference, low,
+    high)."""
+    gain = np.array([mean(row) for row in scores - base if np.isfinite(row).any()])                          # one per prompt
     half = half_interval(gain)
-    return mean(np.array(gain)), mean(np.array(gain)) - half, mean(np.array(gain)) + half
+    return mean(gain), mean(gain) - half, mean(gain) + half
 
 
 def compare_means(players):
-    """{category: {reward: {player: {mean, difference, interval}}}}: the form of Table 1."""
+    """{category: {reward: {player: {mean, difference, interval, prompts, trained_on}}}}: the form of Table 1."""
     base, found = next(iter(players.values())), {}
     for category, rows in table_rows(base).items():
         for reward in reward_names(base):
@@ -301,10 +307,10 @@ def compare_means(players):
             first = next(iter(arrays.values()))
             for name, scores in arrays.items():
                 difference, low, high = mean_difference(first, scores)
-                average, difference, *interval = (float(x) if np.isfinite(x) else None for x in (mean(scores), difference, low, high))
+                average, difference = (float(x) if np.isfinite(x) else None for x in (mean(scores), difference))
                 found.setdefault(category, {}).setdefault(reward, {})[name] = {
-                    "mean": average, "difference": difference, "interval": interval, "prompts": np.isfinite(scores).any(1).sum().item(),
-                    "trained_on": reward in trained_on(players[name])}
+                    "mean": average, "difference": difference, "interval": [float(low), float(high)] if np.isfinite(low) else None,
+                    "prompts": np.isfinite(scores).any(1).sum().item(), "trained_on": reward in trained_on(players[name])}
     return found
 
 
@@ -343,7 +349,7 @@ def rating_intervals(votes, draws=300):
 
 
 def compare_ratings(players, reward, tie):
-    """{category: {player: {rating, interval, trained_on}}}: the form of Fig. 4."""
+    """{category: {player: {rating, interval, prompts, trained_on}}}: the form of Fig. 4."""
     if reward not in reward_names(next(iter(players.values()))):
         raise ValueError(f"--vote {reward}: these images were scored by {', '.join(reward_names(next(iter(players.values()))))}")
     votes = count_votes(np.stack([score_array(records, reward) for records in players.values()]), tie)
@@ -351,7 +357,7 @@ def compare_ratings(players, reward, tie):
     for category, rows in table_rows(next(iter(players.values()))).items():
         voted = votes[rows][votes[rows].any((1, 2))]  # prompts that this reward has rated
         if len(voted):
-            found[category] = {name: {"rating": r, "interval": [a, b] if np.isfinite(a) else [None, None], "prompts": len(voted),
+            found[category] = {name: {"rating": r, "interval": [a, b] if np.isfinite(a) else None, "prompts": len(voted),
                                       "trained_on": reward in trained_on(players[name])}
                                for name, r, a, b in zip(players, *rating_intervals(voted))}
     return found
@@ -359,21 +365,23 @@ def compare_ratings(players, reward, tie):
 
 def bounds(interval, spec):
     """A 95% interval as text."""
-    return f"[{', '.join(format(x, spec) for x in interval)}]" if None not in interval else "too few prompts"
+    return f"[{', '.join(format(x, spec) for x in interval)}]" if interval else "too few prompts"
 
 
 def comparison_text(players, means, elo, vote, tie):
     """Both tables as Markdown; a star marks a judge that the checkpoint was trained on."""
     base, *others = players
-    change = lambda cell: f"{number(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')}"  # noqa: E731
-    lines = [[category, reward, str(cells[base]["prompts"]), number(cells[base]["mean"]),
-              *(f"{number(cell['mean'])}{'*' * cell['trained_on']} ({change(cell)})" for cell in map(cells.get, others))]
-             for category, rewards in means.items() for reward, cells in rewards.items()]
+    lines = []
+    for category, rewards in means.items():
+        for reward, cells in rewards.items():
+            gains = (f"{number(cell['mean'])}{'*' * cell['trained_on']} ({number(cell['difference'], '+.3f')} "
+                     f"{bounds(cell['interval'], '+.3f')})" for cell in map(cells.get, others))
+            lines.append([category, reward, str(cells[base]["prompts"]), number(cells[base]["mean"]), *gains])
     rated = [[category, str(cells[base]["prompts"]), *(
         f"{cell['rating']:.0f}{'*' * cell['trained_on']} {bounds(cell['interval'], '.0f')}" for cell in cells.values())]
         for category, cells in elo.items()]
     return "\n".join([
-        f"Means of {len(players[base])} images each; in brackets the paired difference from {base} and its 95% interval.", "",
+        f"Means of {len(players[base])} images each; in brackets the difference from {base}, paired by prompt, and its 95% interval.", "",
         table(["category", "reward", "prompts", *players], lines), "",
         f"Elo from pairwise votes by {vote} (ties within {tie:g} standard deviations), with 95% intervals.", "",
         table(["category", "prompts", *players], rated), "", "A star marks a judge that the checkpoint was trained on."])

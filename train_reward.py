@@ -366,7 +366,8 @@ def main(argv=None):
             raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
-    # torch's eps of 1e-8 would damp the steps of 8B parameters, whose gradient of norm 1 has an rms of 1e-5, and less later
+    # torch's eps of 1e-8 damps parameters whose gradient is that small: of 8B parameters a gradient of norm 1 has an rms of
+    # 1e-5, many have far less, and all have less as the loss falls
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01, fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
     micro_batch = args.micro_batch or (1 if cuda else 32)

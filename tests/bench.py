@@ -279,7 +279,7 @@ def random_prompt(config, length, seed, source=None):
 
 def plan_job(side, edit, micro_batch=None, offload=False, judges=0, world=8, prompts=16, group=8, latents=16, text=200):
     """A training run at the real size with a KL to the reference, as `plan_memory` sees it. latents: how many of each image's wait for
-    the updates: states before and after 4 trained steps, old and reference velocities."""
+    the updates: states and noises of 4 trained steps, old and reference velocities."""
     tokens = (side // 16) ** 2
     source = tokens if edit else 0
     one = 4 * prompts // world * group * tokens * REAL["in_channels"]  # bytes of one fp32 latent of every image of a step

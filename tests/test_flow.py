@@ -155,6 +155,8 @@ def test_small_stochastic_steps_keep_the_marginals_but_for_the_first():
         end, first = end_variance(1000, [0, 166, 333, 499], noise_level)
         assert first == pytest.approx(1 + noise_level**4 / 4, abs=0.01) and end == pytest.approx(bar, abs=0.02)
     assert end_variance(40, [0, 6, 13, 19], 0.7)[0] < 1.07
+    for noise_level, bar in ((0.7, 1.29), (1.2, 1.66)):
+        assert end_variance(8, [0, 1, 2, 3], noise_level)[0] == pytest.approx(bar, abs=0.01)
 
 
 def test_mean_shift_is_the_derivative_of_the_mean():

@@ -42,7 +42,7 @@ def test_a_shift_common_to_a_group_cancels():
     """Difference 4: an offset that guidance gives to all targets of a group adds nothing to the group's gradient on a shared v."""
     v_old = torch.randn(1, 16, 4, dtype=torch.float64).expand(8, -1, -1)
     v_target, shift = torch.randn(2, 8, 16, 4, dtype=torch.float64)
-    advantage = torch.randn(8, dtype=torch.float64)
+    advantage = torch.randn(8, dtype=torch.float64).index_fill(0, torch.tensor([0]), 9.0)  # beyond 2 std, as one of 8 can be
     r = optimality((advantage - advantage.mean()) / advantage.std(correction=0), 7**0.5)
     plain, shifted = (gradient(v_old, target, r, 1.0).sum(0) for target in (v_target, v_target + shift[:1]))
     torch.testing.assert_close(plain, shifted)

@@ -305,7 +305,7 @@ def test_a_reward_that_never_applies_is_left_open():
     base = {"r": np.ones((3, 2)), "s": np.full((3, 2), np.nan)}
     players = {"base": records(base), "rl": records(base)}
     means = rollout.compare_means(players)
-    assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": [None, None], "prompts": 0,
+    assert means["all"]["s"]["rl"] == {"mean": None, "difference": None, "interval": None, "prompts": 0,
                                          "trained_on": False}
     text = rollout.comparison_text(players, means, rollout.compare_ratings(players, "r", 0.02), "r", 0.02)
     assert "| all | s | 0 | - | - (- too few prompts) |" in text and json.loads(json.dumps(means, allow_nan=False)) == means

@@ -75,7 +75,7 @@ def test_two_offloaded_ranks_resume_on_one_that_is_not(tmp_path):
     again = run_script(tmp_path / "offloaded", *arguments, "--steps", "2", "--resume")
     assert again[1]["grad_norm"][0] == pytest.approx(lines[1]["grad_norm"][0], rel=1e-4)
     one, other = (checkpoint(tmp_path / folder)["model"] for folder in ("whole", "offloaded"))
-    assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())  # Adam's steps are 1.6e-4
+    assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())  # Adam's steps are 1.3e-4
 
 
 def on_two_machines(folders, script, *arguments):
