@@ -45,11 +45,11 @@ from pathlib import Path
 from model import (
     FEW, UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks,
     compute_dtype, create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory,
-    generate, guidance_source, guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint,
-    load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, mean_shift,
-    new_transformer, noise_levels, own_rows, park, plan_memory, reduce_gradients, release, reward_threads,
-    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, unseat_judges, vlm_bytes,
-    weight_bytes, write_text)
+    generate, guidance_source, guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart,
+    load_checkpoint, load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise,
+    matmul_peak, mean_shift, new_transformer, noise_levels, own_rows, park, plan_memory, reduce_gradients,
+    release, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
+    unseat_judges, vlm_bytes, weight_bytes, write_text)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

@@ -31,10 +31,10 @@ from pathlib import Path
 
 from model import (
     FEW, Job, Sampler, all_gather_list, backward_prefixes, compile_blocks, compute_dtype, create_shared,
-    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guided_velocity,
-    half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, own_rows, park,
-    plan_memory, read_config, reduce_gradients, release, sample, sampling_settings, save_checkpoint,
+    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source,
+    guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts,
+    load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, own_rows,
+    park, plan_memory, read_config, reduce_gradients, release, sample, sampling_settings, save_checkpoint,
     save_model, seat_judges, setup, shard, vlm_bytes, weight_bytes, write_text)
 import torch
 import torch.distributed as dist
