@@ -4,7 +4,7 @@ For each prompt sample a group of G images with guidance, taking the trained ste
 and all others by the ODE (Eq. 3); score the images; normalise each reward within its group and add them up (Eq. 4, 13);
 then raise the likelihood of the steps that led to good images, clipped around the sampling policy (Eq. 6).
 
-    python grpo.py --reward aesthetic                                    # tiny model, CPU, about 6 minutes
+    python grpo.py --reward aesthetic                                    # tiny model, CPU, under 10 minutes
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
 
 The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.

@@ -73,12 +73,13 @@ def test_gradient_at_ratio_one_is_reinforce():
     torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.autograd.grad(-(advantage * logp).sum(), w)[0])
 
 
-@pytest.mark.parametrize("w", [1.0, 2.0, 4.0])
-def test_hybrid_gradient_is_that_of_the_guided_sampler(w):
+@pytest.mark.parametrize("w, bias", [(1.0, 0.0), (2.0, 0.143), (4.0, 0.004)])
+def test_hybrid_gradient_is_that_of_the_guided_sampler(w, bias):
     """One dimension, v_c = theta x + 0.3 trained, v_u = -0.2 x frozen, two stochastic steps and two of the ODE, reward -(x_0 - 1)^2.
 
     Everything is a polynomial in the initial and the two steps' noises, so that Gauss-Hermite quadrature is exact: the loss's
-    gradient is 1/w of the expected reward's, which is differentiated through the sampler itself.
+    gradient is 1/w of the expected reward's, which is differentiated through the sampler itself. That of the unguided densities at
+    the sampled states is biased.
     """
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(6))
     noise = torch.cartesian_prod(nodes, nodes, nodes).T                                                      # x_1, z_1, z_2  (3, 216)
@@ -93,7 +94,8 @@ def test_hybrid_gradient_is_that_of_the_guided_sampler(w):
             mean, std = sde_mean_std(x, -0.2 * x + w * (v_c + 0.2 * x), t[k], t[k + 1] - t[k], sigma[k])
             states.append(x)
             x = mean + std * noise[k + 1] if k < 2 else mean
-        return -((x - 1) ** 2), states
+        reward = -((x - 1) ** 2)
+        return reward - (weights * reward).sum().detach(), states  # less its mean, as an advantage is
 
     theta = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     (exact,) = torch.autograd.grad((weights * sample(theta)[0]).sum(), theta)
@@ -107,6 +109,9 @@ def test_hybrid_gradient_is_that_of_the_guided_sampler(w):
     assert abs(exact) > 1e-3 and w * sum(found["printed"]).item() == pytest.approx(exact.item(), rel=1e-10)
     for a, b, (*_, kappa) in zip(*found.values(), rows):  # the default drops kappa_t, the weight of a step, and nothing else
         torch.testing.assert_close(a, kappa * b)
+    sampled = [log_prob(states[k + 1], x, theta * x + 0.3, t[k], t[k + 1] - t[k], sigma[k]) for k, x in enumerate(states[:2])]
+    (displaced,) = torch.autograd.grad((weights * reward * sum(sampled)).sum(), theta)
+    assert (w * displaced / exact - 1).item() == pytest.approx(bias, abs=1e-3)
 
 
 def test_hybrid_gradient_on_the_tiny_model():
