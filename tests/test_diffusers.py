@@ -156,7 +156,7 @@ def our_picture(root, request, cfg):
     sampler, last = model.Sampler(transformer, graphs=False), len(sigmas)
     ((_, (image,), states),) = model.generate(
         sampler, vae, encoded, [(0, 0, 0)], (4, 4), t, torch.zeros(last), cfg, seed=0, batch=1, keep=[last])
-    return image, vae.decode(states[last].mT.unflatten(2, (4, 4)))[0] / 2 + 0.5
+    return image, vae.decode(states[last][0].mT.unflatten(2, (4, 4)))[0] / 2 + 0.5
 
 
 def their_picture(pipeline, request, cfg):
