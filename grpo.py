@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, help=f"AdamW (default: {LR:g} x 4096 / width)")
-    add("--printed-ratio", action="store_true", 
+    add("--printed-ratio", action="store_true",
         help="the ratio of Eq. 6 as printed; --clip-eps, --kl-coef and --grad-clip then want larger values, 5 times on the tiny "
              "model, 10 to 90 at 1024 px (default: difference 2)")
     add("--clip-eps", type=float, default=0.015, metavar="EPS",
