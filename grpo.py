@@ -33,88 +33,92 @@ neither.
 """
 
 import argparse
-import gc
-import json
 import math
-import signal
 import time
 from collections import Counter
 from concurrent.futures import wait
 from pathlib import Path
 
 from model import (
-    FEW, UNDEFINED, Job, Sampler, VLMScorer, all_gather_list, backward_prefixes, compile_blocks,
-    compute_dtype, create_shared, detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory,
-    generate, guidance_source, guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart,
-    load_checkpoint, load_prompts, load_rewards, load_vae, load_weights, longest_prefix, materialise,
-    matmul_peak, mean_shift, new_transformer, noise_levels, own_rows, park, plan_memory, reduce_gradients,
-    release, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
-    unseat_judges, vlm_bytes, weight_bytes, write_text)
+    FAILED, STOP, UNDEFINED, ArgumentParser, Job, Sampler, UserError, VLMScorer, all_gather_list,
+    backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype,
+    create_shared, detach_prefix, directory_name, encode_prompts, fill, find_model, forward_flops,
+    free_memory, generate, guidance_source, guided_velocity, image_grid_png, image_side, keep_gathered,
+    line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, load_weights,
+    longest_prefix, materialise, matmul_peak, mean_shift, new_transformer, noise_levels, open_run, own_rows,
+    park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients,
+    release, report, resume_command, reward_threads, sampling_settings, save_checkpoint, save_model,
+    seat_judges, setup, shard, stop_at_once, stop_gently, stopped, tiny_prompts, unseat_judges, vlm_bytes,
+    weight_bytes, write_log)
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 CPU = torch.device("cpu")
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+SAVED_BYTES = 12  # of a checkpoint, per parameter: weights and Adam's moments in fp32
+STOPPED = "not waited for"
 LR = 4e-6  # of AdamW at width 4096; Adam's steps should shrink with width
+
+# what --resume may change
+FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr", "offload")
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    add("--prompts", default=str(TINY / "prompts.jsonl"), help="prompts to train on: JSON Lines, or .txt")
-    add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
-    add("--name", help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=int, default=60, help="rollouts to train on (default: %(default)s)")
-    add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
-    add("--save-every", type=int, default=50, metavar="STEPS",
-        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
-    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
-    add("--eval-images", type=int, default=450, metavar="N",
+    add("--prompts", metavar="FILE", help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
+    add("--eval-prompts", metavar="FILE", help="prompts of the grids and of the final table (default: the tiny world's)")
+    add("--name", type=directory_name, help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--steps", type=bounded(int, 1), default=60, help="rollouts to train on (default: %(default)s)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
+        help=f"between checkpoints, {SAVED_BYTES} bytes per parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+    add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
-    add("--reward", nargs="+", required=True, metavar="R",
+    add("--reward", nargs="+", default=[], metavar="R",
         help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM (directory or hub "
              "id), the URL of an OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
              "weights per category (see README)")
-    add("--max-reward-failures", type=float, default=0.05, metavar="SHARE",
+    add("--max-reward-failures", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
         help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
     add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
     add = parser.add_argument_group("rollout").add_argument
-    add("--prompts-per-step", type=int, metavar="P",
+    add("--prompts-per-step", type=bounded(int, 1), metavar="P",
         help="a multiple of ranks x updates (default: the smallest from 16 on)")
-    add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"),
+    add("--group-size", type=bounded(int, 2), default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=image_side, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
-    add("--cfg", type=float, metavar="S",
+    add("--sampler-steps", type=bounded(int, 2), metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--cfg", type=bounded(float, 0), metavar="S",
         help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 1)")
     add("--guided-objective", action="store_true",
         help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
     add("--train-timesteps", default="4", metavar="STEPS",
         help="sampler steps that are stochastic and trained (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
              "all; or a list as 0,2,3 (default: %(default)s)")
-    add("--noise-level", type=float, default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
-    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    add("--noise-level", type=bounded(float, 0, above=True), default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
+    add("--rollout-batch", type=bounded(int, 1), metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help=f"AdamW (default: {LR:g} x 4096 / width)")
+    add("--lr", type=bounded(float, 0, above=True), help=f"AdamW (default: {LR:g} x 4096 / width)")
     add("--printed-ratio", action="store_true",
         help="the ratio of Eq. 6 as printed; --clip-eps, --kl-coef and --grad-clip then want larger values, 5 times on the tiny "
              "model, 10 to 90 at 1024 px (default: difference 2)")
-    add("--clip-eps", type=float, default=0.015, metavar="EPS",
+    add("--clip-eps", type=bounded(float, 0, above=True), default=0.015, metavar="EPS",
         help="ratio clip of Eq. 6, in units of the rms change of velocity since the rollout (default: %(default)s)")
-    add("--kl-coef", type=float, default=0.25, metavar="W",
+    add("--kl-coef", type=bounded(float, 0), default=0.25, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
-    add("--updates-per-rollout", type=int, default=2, metavar="U",
+    add("--updates-per-rollout", type=bounded(int, 1), default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="B",
+    add("--micro-batch", type=bounded(int, 1), metavar="B",
         help="(image, timestep) pairs per forward (default: 512 tokens of them on a CPU, 8192 on a GPU)")
-    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
@@ -124,7 +128,9 @@ def parse_args(argv=None):
         help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash attention)")
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
-    return parser.parse_args(argv)
+    parser.set_defaults(script="grpo")
+    args = parse_run(parser, argv, ["reward"], FREE, "name", lambda args: Path("runs", args.name))
+    return tiny_prompts(args, TINY, "prompts.jsonl", "heldout.jsonl")
 
 
 # ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
@@ -138,7 +144,7 @@ def trained_steps(spec, total):
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
     if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
+        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
     return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
@@ -146,21 +152,26 @@ def trained_steps(spec, total):
 
 
 def await_scores(futures, arrived, count):
-    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds."""
+    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds. futures: per
+    batch its number of images and what each reward will say of them; once STOP is set, what is not there is left out."""
     start = time.perf_counter()
     while len(arrived) < count:
-        arrived.extend(zip(*(future.result() for future in futures.pop(0))))
+        images, asked = futures.pop(0)
+        while wait(asked, timeout=0.2).not_done and not STOP.is_set():
+            pass
+        arrived.extend(zip(*(future.result() if future.done() else [(FAILED, STOPPED)] * images for future in asked)))
     return time.perf_counter() - start
 
 
 def check_failures(step, reasons, asked, limit):
-    """The reasons, counted over all ranks, if more than a share `limit` of the scores that a step `asked` for failed; else None."""
+    """Over all ranks: whether some left scores out because of STOP, and the reasons, counted, if more than a share `limit` of the scores
+    that a step `asked` for failed, else None."""
     parts = all_gather_list([(reasons, asked)])
     reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
     if sum(reasons.values()) <= limit * scores:
-        return None
+        return STOPPED in reasons, None
     table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-    return f"step {step}: {sum(reasons.values())} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
+    return STOPPED in reasons, f"step {step}: {reasons.total()} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
 
 
 def group_advantage(scores, weights):
@@ -231,46 +242,7 @@ def kl_loss(v, v_ref):
     return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
 
 
-# ---- 5. the run (same in grpo, nft, opd) ---------------------------------------------------------------------
-
-
-def open_run(args, specs):
-    """runs/NAME for this run, NAME from `specs`: one that is not there yet, or the one --resume continues, checked to be the same."""
-    names = [Path(spec.partition("=")[0]).stem for spec in specs]
-    stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
-    run, number = Path("runs") / stem, 2
-    if args.resume:
-        if not args.name or not (run / "args.json").exists():
-            raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
-        before = json.loads((run / "args.json").read_text())
-        args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
-        args.lr = before["lr"] if args.lr is None else args.lr
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr",
-                "offload")
-        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
-        if changed:
-            raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
-        return run
-    if args.name and (run / "args.json").exists():
-        raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
-    while (run / "args.json").exists():
-        run, number = Path("runs") / f"{stem}-{number}", number + 1
-    dist.barrier()  # every rank has looked before rank 0 creates it
-    return run
-
-
-def prompt_ids(step, count, per_step, seed):
-    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
-    if per_step > count:
-        raise ValueError(f"--prompts-per-step {per_step}: the prompt file has only {count}")
-    epoch, part = divmod(step, count // per_step)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
-    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
-
-
-def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
-    return [i for update in range(updates) for i in ids[update::updates][rank::world]]
+# ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -284,68 +256,40 @@ def apply_update(policy, optimizer, loss, grad_clip):
     return norm.item(), finite
 
 
-def read_log(path, steps):
-    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again."""
-    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if path.exists() else []
-
-
-def write_log(path, log, new):
-    """Append the last line; a new or resumed run writes all of its lines."""
-    with open(path, "w" if new else "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
-
-
-def report(run, rewards, before, after, title):
-    """Print and save the before/after table; scores (K, prompts, images)."""
-    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
-    table = {}
-    for reward, a, b in zip(rewards, before, after):
-        gain = (b - a).nanmean(dim=1)  # paired by prompt
-        gain = gain[gain.isfinite()]  # prompts without a score are left out
-        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
-        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
-        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
-    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
-
-
 def main(argv=None):
     # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
-    stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     cuda, dtype = device.type == "cuda", compute_dtype(device)
     root = find_model(args.model)
     policy = new_transformer(root, torch.float32)
     config = policy.config
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, T = grid[0] * grid[1], len(t) - 1
-    run = open_run(args, args.reward)
     lr = LR * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
-    G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
-    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
-    if P % unit:
-        below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
-        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    G, U = args.group_size, args.updates_per_rollout
     trained = trained_steps(args.train_timesteps, T)
     branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
     # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
+    rewards, judges = load_rewards(args.reward, root), load_rewards(args.judge, root)
+    check_rewards(rewards, requests)
+    check_rewards(judges, heldout)
+    run = open_run(args, args.reward, rank)
+    check_disk(run, policy, SAVED_BYTES * bool(args.save_every))
     used = {i: requests[i] for share in shares for i in share}
     vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
     # ---- 8. rewards, memory, models --------------------------------------------------------------------------
-    vlms = {}
-    rewards, judges = (load_rewards(specs, root, device, vlms) for specs in (args.reward, args.judge))
+    load_vlms(rewards + judges, device)
     if args.noise_level <= 0:
-        raise ValueError(f"--noise-level {args.noise_level:g}: want more than 0; without noise Eq. 6 has no ratio")
+        raise UserError(f"--noise-level {args.noise_level:g}: want more than 0; without noise Eq. 6 has no ratio")
     sigma = noise_levels(t, trained, args.noise_level)
     kappa = torch.full((T,), (tokens * config["in_channels"]) ** -0.5)                                       # difference 2
     if args.printed_ratio:
@@ -387,10 +331,10 @@ def main(argv=None):
     peak = matmul_peak(device)
     create_shared(run / "samples")
     if rank == 0:
-        write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
+        print(f"prompts: {args.prompts} ({len(requests)}); held out: {args.eval_prompts} ({len(heldout)})")
         print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); "
               f"trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}, "
               f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
@@ -434,6 +378,7 @@ def main(argv=None):
 
     # ---- 11. train -------------------------------------------------------------------------------------------
     log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+    stop_gently(rank)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
@@ -451,7 +396,7 @@ def main(argv=None):
         for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, trained):
             states.append(kept)
             asked = [requests[i] for _, i, _ in chunk]
-            futures.append([pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)])
+            futures.append((len(chunk), [pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)]))
         states = {k: [torch.cat(parts).unflatten(0, (len(ids), G)) for parts in zip(*(kept[k] for kept in states))]
                   for k in trained}                                                                          # x, z (groups, G, N, C)
         cuda and torch.cuda.synchronize()
@@ -466,16 +411,20 @@ def main(argv=None):
         frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
         # local judges leave before training; other rewards are waited for group by group
-        wait([future for row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
+        wait([future for _, row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
         if not memory.judges_stay:
             unseat_judges(rewards)
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
         if cuda:
             sampler.drop()  # the updates need the memory
+        if any(all_gather_list([STOP.is_set()])):  # nothing of this step has been trained
+            if step > start:
+                save_checkpoint(run / "checkpoint", step, policy, optimizer)
+            return stopped(args, step, f"--name {run.name}")
 
         # updates, each on its own groups
         ratio_dev, clip_frac, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], [], 0.0, 0
-        weights = torch.tensor([[reward.weigh(requests[i]) for i in ids] for reward in rewards])
+        weights = torch.tensor([[reward.weigh(requests[i]) for i in ids] for reward in rewards], dtype=torch.float32)
         scores, advantage = weights.new_empty(*weights.shape, G), weights.new_empty(len(ids), G)             # (K, groups, G)
         groups = len(ids) // U
         scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
@@ -507,17 +456,20 @@ def main(argv=None):
             if update == 0:  # nothing is trained on a step that cannot be trusted
                 waited_seconds += await_scores(futures, arrived, len(images))
                 reasons = Counter(why for row in arrived for _, why in row if why)
-                trouble = check_failures(step, reasons, (weights > 0).sum().item() * G, args.max_reward_failures)
+                left, trouble = check_failures(step, reasons, (weights > 0).sum().item() * G, args.max_reward_failures)
+                if (left or trouble) and step > start:
+                    save_checkpoint(run / "checkpoint", step, policy, optimizer)
+                if left:
+                    return stopped(args, step, f"--name {run.name}")
                 if trouble:
-                    if step > start:
-                        save_checkpoint(run / "checkpoint", step, policy, optimizer)
-                    raise RuntimeError(trouble)
+                    raise UserError(f"{trouble}\n{resume_command(args, f'--name {run.name}')}")
             norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer)
-                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none "
-                                   "was applied. Look at log.jsonl and samples/ for what went wrong before; --resume with a lower --lr")
+                save_checkpoint(run / "checkpoint", step, policy, optimizer, None, keep=True)
+                raise UserError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
+                                f"applied. See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, "
+                                "with a lower --lr, or from the checkpoint before if you remove this one")
             ratios = torch.cat(ratios).view(groups, len(trained), G)
             a = advantage[update * groups:(update + 1) * groups, None].to(device)                            # (groups, 1, G)
             energy = (a * ratios * schedule[1, trained, :, 0]).square()  # of the gradient with respect to v, but for |z|
@@ -537,7 +489,7 @@ def main(argv=None):
         seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
                    "train": train_seconds}
         parts = all_gather_list([{
-            "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": bool(stop),
+            "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": STOP.is_set(),
             "mean": {"loss": losses, "kl": penalties, "clip_frac": clip_frac, "ratio_std": ratio_std, "step_share": energy.tolist()},
             "max": {"ratio_dev": ratio_dev}}])
         record = step_record(parts, rewards)
@@ -547,6 +499,8 @@ def main(argv=None):
                     "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
                     "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None})
+        if record["constant_groups"] == 1 and rank == 0:
+            tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
@@ -556,13 +510,14 @@ def main(argv=None):
         if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
         if ending:
-            print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
-            return
+            return stopped(args, step + 1, f"--name {run.name}")
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
     if args.save_every and start < args.steps:
         save_checkpoint(run / "checkpoint", args.steps, policy, optimizer)
+    again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
+    stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
     # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
@@ -583,6 +538,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # no FSDP module may outlive the process group
-    dist.destroy_process_group()
+    command_line(main)

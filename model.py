@@ -7,7 +7,8 @@
   5. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
   6. sharding      process group, FSDP2, the slot
   7. memory        what a step takes, and what there is room for
-  8. reports       intervals, image grids, the line chart
+  8. reports       intervals, the final table, image grids, the line chart
+  9. runs          user errors, flags, signals, run directories, logs, prompt order
 
 Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
 weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
@@ -22,30 +23,38 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sharing the t
 os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 # without expandable segments phases of different sizes fragment a GPU's memory to twice what they use
 
+import argparse
 import base64
+import codecs
 import contextlib
+import difflib
+import fcntl
 import gc
 import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import mmap
 import random
 import re
 import shutil
+import signal
 import socket
 import sys
 import textwrap
 import threading
 import time
+import traceback
+import urllib.error
+import urllib.parse
 import urllib.request
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -56,7 +65,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -478,7 +487,7 @@ class Encoder(nn.Module):
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*(DownBlock(*stage) for stage in zip(dims, dims[1:], repeat(blocks), [*temporal, None])))
+        self.down_blocks = nn.Sequential(*(DownBlock(*stage) for stage in zip(dims, dims[1:], itertools.repeat(blocks), [*temporal, None])))
         self.mid_block = MiddleBlock(dims[-1])
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], latent, 3, padding=1)
 
@@ -491,7 +500,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
         self.mid_block = MiddleBlock(dims[0])
-        self.up_blocks = nn.Sequential(*(UpBlock(*stage) for stage in zip(dims, dims[1:], repeat(blocks), [*temporal, None])))
+        self.up_blocks = nn.Sequential(*(UpBlock(*stage) for stage in zip(dims, dims[1:], itertools.repeat(blocks), [*temporal, None])))
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], channels, 3, padding=1)
 
     def forward(self, x):
@@ -538,10 +547,18 @@ SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_en
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
+CUT = "\ue000"  # a private character: where `Processor` tokenizes what stands before and after it apart
+
+
+def as_text(text):
+    """A user's text in which control tokens such as <|im_end|> are words like others."""
+    return re.sub(r"<(?=\|\w+\|>)", "<" + CUT, text)
+
+
 def prompt_text(prompt, images=0):
     """The template the checkpoint was trained with; an empty prompt becomes a space because Qwen has no BOS token."""
     pictures = " ".join(f"<image{i + 1}>{IMAGE}" for i in range(images))
-    return f"{SYSTEM}<|im_start|>user\n{pictures}{prompt or ' '}<|im_end|>\n<|im_start|>assistant\n"
+    return f"{SYSTEM}<|im_start|>user\n{pictures}{as_text(prompt) or ' '}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Processor:
@@ -559,14 +576,23 @@ class Processor:
 
         Returns the model's keyword arguments as CPU tensors (`.to(device)` moves them), texts padded on the left.
         """
+        from transformers import BatchEncoding
         if images:
             pixels = self.image_processor(images=list(images), return_tensors="pt")
             counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
             texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text) for text in texts]
-        inputs = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        ids = [self.tokenize(text) for text in texts]
+        padding = [max(map(len, ids)) - len(row) for row in ids]
+        inputs = BatchEncoding({
+            "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(padding, ids)]),
+            "attention_mask": torch.tensor([[0] * n + [1] * len(row) for n, row in zip(padding, ids)])})
         if images:
             inputs.update(pixels, mm_token_type_ids=(inputs["input_ids"] == self.image_token).long())
         return inputs
+
+    def tokenize(self, text):
+        """Token ids; nothing is added."""
+        return [token for part in text.split(CUT) for token in self.tokenizer(part, add_special_tokens=False).input_ids]
 
 
 def load_vlm(directory, device, dtype):
@@ -597,6 +623,47 @@ def one_rank_at_a_time():
             dist.barrier()
 
 
+MAX_SIDES, MAX_PIXELS = 16, 64 * 2**20  # of a picture: longer side over shorter, and all
+
+
+def open_picture(path):
+    """Any picture file as RGBA, turned as its camera says, whole. 16 bits of grey are scaled to 8; what has no such reading is a
+    UserError that names the file."""
+    try:
+        image = Image.open(path)
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDES * min(width, height):
+            raise UserError(f"{path}: {width} x {height} pixels; want at most {MAX_PIXELS / 1e6:.0f} million, and sides of at most "
+                            f"{MAX_SIDES}:1")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller picture
+            raise UserError(f"{path}: {image.n_frames} pictures in one file; save the one that is meant")
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+            raise UserError(f"{path}: numbers whose range is not known (mode {image.mode}); save it with 8 bits a channel")
+        if image.mode.startswith("I"):  # PIL's own conversion would clip 16 bits to white
+            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+        return image.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a whole picture ({error})") from None
+
+
+def check_pictures(places):
+    """Open every picture of {path: where it is named} now and not in the middle of a run. The ranks share the work; all ranks call."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def trouble(path):
+        try:
+            open_picture(path)
+        except UserError as error:
+            return f"{places[path]}: {error}"
+
+    with ThreadPoolExecutor() as pool:  # decoding is done outside Python's lock
+        found = [why for why in pool.map(trouble, sorted(places)[rank::world]) if why]
+    found = all_gather_list(found) if dist.is_initialized() else found
+    if found:
+        raise UserError(found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1))
+
+
 def on_white(image):
     """What a VLM sees of an image: its colours over white."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
@@ -604,47 +671,81 @@ def on_white(image):
 
 @dataclass
 class Request:
-    """One line of a prompt file. category chooses reward weights, task a teacher; sources are paths of source images (edits)."""
+    """One line of a prompt file. category chooses reward weights, task a teacher; sources are paths of source images (edits); record is
+    the whole line, for function rewards that ask for more."""
 
     prompt: str
     category: str = "general"
     sources: tuple = ()
     task: str = ""
+    record: dict = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         self.task = self.task or ("edit" if self.sources else "t2i")
 
     def images(self):
-        return [Image.open(path).convert("RGBA") for path in self.sources]
+        return [open_picture(path) for path in self.sources]
+
+
+PROMPT_KEYS = ("prompt", "category", "source", "task")
+
+
+def read_text(path):
+    """A UTF-8 text file, without its byte-order mark."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+
+
+def read_lines(path):
+    """(number, line) of a text file's lines that are not empty."""
+    lines = ((number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1))
+    return [(number, line) for number, line in lines if line]
+
+
+def check_keys(where, record, known):
+    """Refuse keys that look like known ones: "sorce". Others may stand there for a user's own ends."""
+    for key in record.keys() - known:
+        if meant := difflib.get_close_matches(key, known, cutoff=0.75):
+            raise UserError(f'{where}: unknown key "{key}"; is "{meant[0]}" meant?')
 
 
 def load_prompts(path):
-    """Prompt file -> [Request], text-to-image first; a prompt's id is its place in this list.
+    """Prompt file -> [Request], text-to-image first; a prompt's id is its place in this list. All ranks call.
 
-    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file, "task"?: ...}. A file whose
-    name ends in .txt holds one prompt a line.
+    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file, "task"?: ...}, and further keys for
+    function rewards. A file whose name ends in .txt holds one prompt a line.
     """
-    path, requests = Path(path), []
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    path, requests, places = Path(path), [], {}
+    if path.suffix not in (".txt", ".json", ".jsonl"):
+        raise UserError(f"{path}: want a prompt file in JSON Lines (.jsonl), or with one prompt a line (.txt)")
+    for number, line in read_lines(path):
         try:
-            line = line.decode("utf-8-sig").strip()
-            if not line:
-                continue
             record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             sources = record.get("source") or ()
             sources = tuple(str(path.parent / source) for source in ([sources] if isinstance(sources, str) else sources))
-            request = Request(record["prompt"], record.get("category", "general"), sources, record.get("task", ""))
-            if {type(x) for x in (request.prompt, request.category, request.task)} != {str} or "sources" in record:
-                raise TypeError('"prompt", "category" and "task" are strings, source images are "source"')
+            request = Request(record["prompt"], record.get("category", "general"), sources, record.get("task", ""), record)
+            if {type(x) for x in (request.prompt, request.category, request.task)} != {str}:
+                raise TypeError('"prompt", "category" and "task" are strings')
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}:{number}: want a JSON object with "prompt" ({error!r})') from None
-        if missing := [source for source in sources if not Path(source).is_file()]:
-            raise FileNotFoundError(f"{path}:{number}: no source image {missing[0]}")
+            raise UserError(f'{path}:{number}: want a JSON object with "prompt" ({error!r})') from None
+        check_keys(f"{path}:{number}", record, PROMPT_KEYS)
+        if not request.prompt.strip():
+            raise UserError(f"{path}:{number}: the prompt is empty")
+        for source in sources:
+            if not Path(source).is_file():
+                raise UserError(f"{path}:{number}: there is no source image {source}")
+            places.setdefault(source, f"{path}:{number}")
         requests.append(request)
     if not requests:
-        raise ValueError(f"{path} holds no prompts")
+        raise UserError(f"{path} holds no prompts")
+    check_pictures(places)
     return sorted(requests, key=lambda request: request.task, reverse=True)
 
 
@@ -689,23 +790,28 @@ def to_pixels(images):
 
 def to_images(pixels):
     """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
+    if not pixels.isfinite().all():
+        raise UserError("the network draws NaN: its weights are damaged or overflow; go back to an earlier model, with a lower --lr")
     return [Image.fromarray(rgba) for rgba in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @torch.no_grad()
-def encode_prompts(root, vae, requests, area, device):
+def encode_prompts(root, vae, requests, grid, device):
     """{id: Request} -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
 
-    The branch without text keeps its images; without images it is one object for all. area: pixels each source is
-    resized to, the output's. The text encoder is loaded for this call and released.
+    The branch without text keeps its images; without images it is one object for all. grid: the output's latents, (height, width); each
+    source is resized to as many pixels. The text encoder is loaded for this call and released.
     """
     encoder = TextEncoder(root, device, compute_dtype(device))
-    empty, encoded = Prompt(*encoder.encode(" "), []), {}
+    empty, encoded, odd = Prompt(*encoder.encode(" "), []), {}, 0
     for i, request in requests.items():
-        images = [fit(image, area) for image in request.images()]
+        images = [fit(image, 256 * grid[0] * grid[1]) for image in request.images()]
+        odd += any(abs(math.log(image.width / image.height * grid[0] / grid[1])) > 0.1 for image in images)
         latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
         without = Prompt(*encoder.encode(" ", images), latents) if images else empty
         encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
+    if odd and is_first("aspect"):
+        print(f"{odd} edits have a source of another aspect than their output, which is {16 * grid[1]}x{16 * grid[0]} for all")
     del encoder
     free_memory()
     return encoded
@@ -726,40 +832,55 @@ UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")  
 SHARD_BYTES = 5 * 10**9
 
 
+PIPELINE = "QwenImage21Pipeline"
+
+
 def find_model(name):
     """A local directory or a hub id -> the directory, checked to be a model of this architecture. All ranks call."""
-    directory = download(name)
-    read_config(directory / "model_index.json", "QwenImage21Pipeline")
+    directory = download(name, check=lambda fetch: read_config(fetch("model_index.json"), PIPELINE))
+    read_config(directory / "model_index.json", PIPELINE)
+    for part in ("transformer", "vae", "text_encoder", "processor", "scheduler"):
+        if (directory / part).is_symlink() and not (directory / part).exists():
+            raise UserError(f"{directory / part} is a link to {os.readlink(directory / part)}, which is gone: put the base model back there")
+        if not (directory / part).is_dir():
+            raise UserError(f"{directory}: there is no {part}/; the directory is not a complete model")
     return directory
 
 
-def download(name):
-    """A local directory, or a hub id, which is fetched once per machine -> the directory."""
+def download(name, check=None):
+    """A local directory, or a hub id, which is fetched once per machine -> the directory. check(fetch), fetch(file) -> path of one file of
+    a repository, may refuse it before all of it is fetched."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
+    if Path(name).exists() or name.endswith((".gguf", ".safetensors", ".ckpt", ".pt")):
+        raise UserError(f"{name}: want a directory in the hub's layout or a hub id; single files, such as GGUF, are not supported")
+    from huggingface_hub import hf_hub_download, snapshot_download
     try:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if check:
+                check(lambda file: hf_hub_download(name, file))
             snapshot_download(name)
         if dist.is_initialized():
             dist.barrier()
         return Path(snapshot_download(name))
+    except UserError:
+        raise
     except Exception as error:
-        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({error})") from error
+        raise UserError(f"{name}: no such directory, and not to be had from the hub ({error})") from error
 
 
 def read_config(path, kind=None):
     """A JSON config; `kind` is the _class_name it must carry."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing")
     try:
-        config = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
+        config = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not a JSON object")
     if kind and config.get("_class_name") != kind:
-        raise ValueError(f"{path}: _class_name is {config.get('_class_name')!r}, expected {kind!r}")
+        raise UserError(f"{path}: _class_name is {config.get('_class_name')!r}, expected {kind!r}")
     return config
 
 
@@ -769,7 +890,10 @@ def weight_files(directory):
     if index.exists():
         weight_map = read_config(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: no weight_map")
+            raise UserError(f"{index}: no weight_map")
+        for key, name in weight_map.items():
+            if Path(name).name != name:
+                raise UserError(f"{index}: {key} is in {name!r}; want the name of a file beside the index")
         return {key: directory / name for key, name in weight_map.items()}
     with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
@@ -779,9 +903,9 @@ def open_weights(path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; the directory is not a complete checkpoint") from None
+        raise UserError(f"{path} is missing; the directory is not a complete checkpoint") from None
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error})") from None
+        raise UserError(f"{path}: damaged or truncated ({error})") from None
 
 
 @torch.no_grad()
@@ -795,17 +919,18 @@ def load_weights(module, directory, unused=None):
     found = {key for key in files if not (unused and unused.search(key))}
     for title, keys in (("missing", params.keys() - found), ("unexpected", found - params.keys())):
         if keys:
-            raise ValueError(f"{directory}: {len(keys)} {title} tensors, among them {', '.join(sorted(keys)[:5])}")
+            raise UserError(f"{directory}: {len(keys)} {title} tensors, among them {', '.join(sorted(keys)[:5])}")
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in sorted(key for key in found if files[key] == path):
                 if key not in file.keys():
-                    raise ValueError(f"{path}: {key} is missing, though the index says it is there")
+                    raise UserError(f"{path}: {key} is missing, though the index says it is there")
                 rows, param = file.get_slice(key), params[key]
                 if list(rows.get_shape()) != list(param.shape):
-                    raise ValueError(f"{path}: {key} has shape {rows.get_shape()}, the model wants {list(param.shape)}")
+                    raise UserError(f"{path}: {key} has shape {rows.get_shape()}, the model wants {list(param.shape)}")
                 if rows.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                    raise ValueError(f"{path}: {key} is {rows.get_dtype()}, not a floating-point tensor")
+                    raise UserError(f"{path}: {key} is {rows.get_dtype()}; want BF16, F16 or F32: quantised weights (fp8, int8) are not "
+                                     "supported")
                 local = param.to_local() if isinstance(param, DTensor) else param.data
                 first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
                 local.copy_(rows[first:first + len(local)])
@@ -819,7 +944,7 @@ def without_storage(kind, path, name, dtype):
         with torch.device("meta"):
             return kind(config).to(dtype)
     except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
+        raise UserError(f"{path}: {error} is missing") from None
 
 
 def new_transformer(root, dtype):
@@ -828,7 +953,7 @@ def new_transformer(root, dtype):
     network = without_storage(FlowTransformer, path, "QwenImage21Transformer2DModel", dtype)
     for key, value in {"patch_size": 1, "causal_condition": True}.items():
         if network.config.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {network.config[key]!r}, only {value!r} is supported")
+            raise UserError(f"{path}: {key} is {network.config[key]!r}, only {value!r} is supported")
     return network
 
 
@@ -864,7 +989,7 @@ def save_model(directory, base, transformer, guidance, trained_on):
     directory = Path(directory)
     part = directory.with_name(directory.name + ".part")
     if directory.resolve() in (base.resolve(), *(path.resolve().parent for path in base.iterdir())):
-        raise ValueError(f"{directory} holds parts of the base model {base}; save somewhere else")
+        raise UserError(f"{directory} holds parts of the base model {base}; save somewhere else")
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         remove(part)
@@ -881,10 +1006,17 @@ def save_model(directory, base, transformer, guidance, trained_on):
     if rank == 0:
         save_torch_state_dict(weights, part / "transformer", filename_pattern=WEIGHTS + "{suffix}.safetensors",
                               max_shard_size=SHARD_BYTES)
+        as_umask_says(part / "transformer")
         remove(directory)
         part.rename(directory)
     if dist.is_initialized():
         dist.barrier()
+
+
+def as_umask_says(directory):
+    """Give the weights in a directory the permissions of their config; safetensors makes them readable by their owner alone."""
+    for path in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", path)
 
 
 @torch.no_grad()
@@ -908,8 +1040,8 @@ def checkpoint_state(model, optimizer, old):
     return {"model": weights, "optimizer": moments, "old": rows}
 
 
-def save_checkpoint(directory, step, model, optimizer, old=None):
-    """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete. All ranks call."""
+def save_checkpoint(directory, step, model, optimizer, old=None, keep=False):
+    """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete, or `keep`. All ranks call."""
     name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
     if dist.get_rank() == 0:
         remove(part)
@@ -918,18 +1050,21 @@ def save_checkpoint(directory, step, model, optimizer, old=None):
     try:
         dcp.save(checkpoint_state(model, optimizer, old), checkpoint_id=part)
     except (Exception, CheckpointException) as error:
-        raise OSError(f"{part} could not be written; what was saved before is as it was: {error}") from None
+        raise UserError(f"{part} could not be written; what was saved before is as it was: {error}") from None
     dist.barrier()
     if dist.get_rank() == 0:
         remove(name)
         part.rename(name)
-        for path in {*directory.glob("step-*")} - {name}:
+        for path in set() if keep else {*directory.glob("step-*")} - {name}:
             remove(path)
     dist.barrier()
 
 
 def load_checkpoint(directory, model, optimizer, old=None):
-    """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one."""
+    """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one.
+
+    Its metadata are pickled: resume only runs of your own.
+    """
     complete = sorted(path for path in directory.glob("step-*") if path.suffix != ".part")
     if not complete:
         return 0  # stopped before the first save: start over
@@ -960,12 +1095,12 @@ def create_shared(directory):
     if dist.get_rank() == 0:
         token.rmdir()
     if hosts:
-        raise OSError(f"{directory.resolve()} on {hosts[0]} is not the directory of that name that rank 0 has: start all nodes in the "
+        raise UserError(f"{directory.resolve()} on {hosts[0]} is not the directory of that name that rank 0 has: start all nodes in the "
                       "same directory of a disk that they share")
 
 
 def write_text(path, text):
-    Path(path).write_text(text + "\n")
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def remove(directory):
@@ -985,10 +1120,10 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
     unsupported = [flag for flag in flags if scheduler.get(flag)]
     if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
-        raise ValueError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
+        raise UserError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
     t = np.asarray(np.linspace(1, 1 / max(1, steps), max(0, steps)) if sample_sigmas is None else sample_sigmas, np.float32)
     if len(t) < 2 or not (np.diff(t) < 0).all():
-        raise ValueError("the sampler needs at least 2 steps, and sigmas that fall")
+        raise UserError("the sampler needs at least 2 steps, and sigmas that fall")
     if scheduler.get("use_dynamic_shifting"):
         low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
         slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
@@ -1009,7 +1144,7 @@ def sampling_settings(root, size=None, steps=None, cfg=None):
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
     if height % 32 or width % 32:
-        raise ValueError(f"{height} x {width} pixels: sides must be multiples of 32")
+        raise UserError(f"{height} x {width} pixels: sides must be multiples of 32")
     grid = height // 16, width // 16
     t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], 40 if steps is None else steps,
                   index.get("sample_sigmas") if steps is None else None)
@@ -1300,16 +1435,18 @@ class Reward:
     """One term R_k of Eq. 13.
 
     score(images, prompts, sources) -> per image a number; None where the reward does not apply (no face to preserve);
-    an exception, or NaN, where scoring failed. `categories` {category: weight} takes precedence over `weight`; where the weight
-    is 0 nothing is asked. `range` is the scale on which rewards are compared outside of training.
+    an exception, or NaN, where scoring failed. A function with a parameter `records` gets the lines of the prompt file as well.
+    `categories` {category: weight} takes precedence over `weight`; where the weight is 0 nothing is asked. `range` is the scale on
+    which rewards are compared outside of training, None if it is not known.
     """
 
     name: str
     weight: float
     source: str
     score: Callable
-    range: tuple = (1.0, 5.0)
+    range: tuple | None = (1.0, 5.0)
     categories: dict = field(default_factory=dict)
+    traceback_shown: bool = False
 
     def weigh(self, request):
         return self.categories.get(request.category, self.weight)
@@ -1317,19 +1454,36 @@ class Reward:
     def __call__(self, images, requests):
         """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never raises."""
         answers, asked = [(UNDEFINED, "")] * len(images), [i for i, request in enumerate(requests) if self.weigh(request)]
-        try:
-            rows = [(images[i], requests[i].prompt, requests[i].images()) for i in asked]
-            scores = self.score(*map(list, zip(*rows))) if rows else []
+        if not asked:
+            return answers
+        records = {"records": [requests[i].record for i in asked]} if wants_records(self.score) else {}
+        where = ""
+        try:  # with copies of the images, as a function may change them
+            scores = self.score([images[i].copy() for i in asked], [requests[i].prompt for i in asked],
+                                [requests[i].images() for i in asked], **records)
             if len(scores) != len(asked):
                 raise ValueError(f"{len(scores)} scores for {len(asked)} images")
             scores = [score if score is None or isinstance(score, Exception) else float(score) for score in scores]
-        except Exception as error:  # a reward is anyone's code or service: its failure is counted, not fatal
-            scores = [error] * len(asked)
+        except (Exception, SystemExit) as error:  # a reward is anyone's code or service: its failure is counted, not fatal
+            scores, where = [error] * len(asked), raised_at(error)
+            if not self.traceback_shown:  # one is enough
+                traceback.print_exception(error)
+            self.traceback_shown = True
         for i, score in zip(asked, scores):
             if score is not None:
-                bad = isinstance(score, Exception) or not abs(score) < 1e30
-                answers[i] = (FAILED, f"{self.name}: {score!r}") if bad else (score, "")
+                bad = isinstance(score, BaseException) or not abs(score) < 1e30
+                answers[i] = (FAILED, f"{self.name}: {score!r}{where}") if bad else (score, "")
         return answers
+
+
+def wants_records(score):
+    return not isinstance(score, (VLMScorer, RemoteScorer)) and "records" in inspect.signature(score).parameters
+
+
+def raised_at(error):
+    """" at FILE:LINE" of an exception that is not from this file."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if frame.filename == __file__ else f" at {frame.filename}:{frame.lineno}"
 
 
 def expected_score(logits, tokens):
@@ -1349,12 +1503,12 @@ def score_tokens(tokenizer):
     """Token ids of the answers 1..5, each of which must be a single token."""
     ids = [tokenizer(score, add_special_tokens=False).input_ids for score in SCORES]
     if any(len(i) != 1 for i in ids):
-        raise ValueError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot be read off")
+        raise UserError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot be read off")
     return [i[0] for i in ids]
 
 
 def question(rubric, prompt, reasoning):
-    return rubric.replace("{prompt}", prompt) + ANSWERS[bool(reasoning)]
+    return rubric.replace("{prompt}", as_text(prompt)) + ANSWERS[bool(reasoning)]
 
 
 def score_text(tokenizer, rubric, prompt, images, reasoning):
@@ -1366,7 +1520,7 @@ def score_text(tokenizer, rubric, prompt, images, reasoning):
 class VLMScorer:
     """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
 
-    processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes;
+    vlm: the model, or its directory until `load_vlms` loads it; processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes;
     reasoning: tokens that it may think before it answers, 0 for none. Source images come first.
     """
 
@@ -1424,21 +1578,38 @@ class VLMScorer:
 class RemoteScorer:
     """A VLM behind an OpenAI-compatible endpoint (vLLM, SGLang), read through its top log-probs (Eq. 12).
 
-    The VLM writes its whole answer; the score is found from its end. What cannot be read is returned as an exception.
+    The VLM writes its whole answer; the score is found from its end. What cannot be read is returned as an exception. model: the name
+    it is served under, needed where there are several and none is called as the reward. The key is OPENAI_API_KEY_NAME, NAME that of
+    the reward in capitals, or OPENAI_API_KEY.
     """
 
-    TIMEOUT, RETRIES, CONCURRENCY = 120, 3, 16  # seconds, after the first try, requests at a time
+    TIMEOUT, AWAY, PAUSE = 120, 300, 2  # seconds: for an answer, for a server to come back, between looks for it
+    RETRIES, CONCURRENCY, SILENT = 3, 16, 8  # after the first try; requests at a time; time-outs in a row that are enough
 
-    def __init__(self, url, rubric, reasoning=0):
-        self.url, self.rubric, self.reasoning, self.mass = url.rstrip("/"), rubric, reasoning, None
-        self.pool = ThreadPoolExecutor(self.CONCURRENCY)
+    def __init__(self, name, url, rubric="", reasoning=0, model=None):
+        self.name, self.url, self.rubric, self.reasoning, self.mass = name, url.rstrip("/"), rubric, reasoning, None
+        self.key = os.environ.get(f"OPENAI_API_KEY_{name.upper()}") or os.environ.get("OPENAI_API_KEY", "none")
+        here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy leads back to this machine
+        self.pool, self.silent, self.told = ThreadPoolExecutor(self.CONCURRENCY), 0, set()
         try:
-            self.model = self.request("/models")["data"][0]["id"]
+            served = [entry["id"] for entry in self.request("/models")["data"]]
+            assert served, "it serves no model"
         except Exception as error:
-            raise ConnectionError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from error
+            raise UserError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from None
+        named = [model] if model else served if len(served) == 1 else [each for each in served if Path(each).name == name]
+        if len(named) != 1 or named[0] not in served:
+            raise UserError(f'{self.url} serves {", ".join(served)}: say which is reward {name} with "model" in a reward file')
+        self.model = named[0]
 
     def __call__(self, images, prompts, sources):
-        answers = [*self.pool.map(self.ask, prompts, [[*before, image] for before, image in zip(sources, images)])]
+        pictures = [[*before, image] for before, image in zip(sources, images)]
+        if self.silent >= self.SILENT:  # is it there again?
+            try:
+                self.request("/models")
+            except Exception as error:
+                return [error] * len(images)
+        answers = [*self.pool.map(self.ask, prompts, pictures)]
         masses = [mass for _, mass in answers if mass is not None]
         self.mass = sum(masses) / len(masses) if masses else None
         return [score for score, _ in answers]
@@ -1446,6 +1617,8 @@ class RemoteScorer:
     def ask(self, prompt, pictures):
         """(score or exception, probability mass on the scores or None) of one picture."""
         try:
+            if self.silent >= self.SILENT:
+                raise TimeoutError(f"not asked, as {self.url} let {self.silent} requests in a row wait {self.TIMEOUT} s")
             content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
             content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
             body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
@@ -1453,25 +1626,62 @@ class RemoteScorer:
             choice = self.request("/chat/completions", body)["choices"][0]
             p = score_probabilities((choice.get("logprobs") or {}).get("content") or [])
             if p is None:
-                raise ValueError(f"no log-probs of <score>1-5</score> (finish_reason {choice.get('finish_reason')})")
+                raise ValueError(f"no log-probs of <score>1-5</score> (finish_reason {choice.get('finish_reason')}); a VLM that thinks "
+                                 'first needs "reasoning": TOKENS in a reward file, as train_reward.py prints it')
         except Exception as error:  # whatever a server does wrong costs one score, with its reason
             return error, None
         mass = sum(p)
         return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass), mass              # Eq. 12
 
     def request(self, path, body=None):
-        """The server's JSON. Time-outs, dropped connections, overload and garbage are tried again, other refusals not."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        """The server's JSON. One that is away is waited for; overload and garbage are tried again; time-outs and refusals are not."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url + path, body and json.dumps(body).encode(), headers)
-        for attempt in range(self.RETRIES + 1):
+        began, tries, faults = time.monotonic(), 0, []
+        while True:
             try:
-                with urllib.request.urlopen(request, timeout=self.TIMEOUT) as reply:
-                    return json.load(reply)
+                with self.opener.open(request, timeout=self.TIMEOUT) as reply:
+                    answer = json.load(reply)
+                self.silent = 0
+                return answer
             except Exception as error:
-                code = getattr(error, "code", 500)
-                if attempt == self.RETRIES or (code < 500 and code not in (408, 429)):
-                    raise (ValueError(f"HTTP {code}: {error.read(300)}") if hasattr(error, "code") else error) from None
-                time.sleep(0.5 * 2**attempt * (1 + random.random()))
+                fault, words = self.fault(error)
+                faults.append(words)
+            if fault == "silent":
+                self.silent += 1
+                self.tell(f"{self.url} has not answered for {self.TIMEOUT} s")
+            elif fault == "away":
+                self.tell(f"{self.url} is not there ({words}); waiting up to {self.AWAY} s for it")
+            tries += fault == "again"
+            hopeful = fault == "away" and time.monotonic() - began < self.AWAY or fault == "again" and tries <= self.RETRIES
+            if STOP.is_set() or not hopeful:
+                raise ConnectionError("; at last ".join(dict.fromkeys((faults[0], words))))
+            STOP.wait(self.PAUSE if fault == "away" else 0.5 * 2**tries * (1 + random.random()))
+
+    def fault(self, error):
+        """What to do about an error ("away": wait, "again": try again, "silent" or "final": give up), and what it is, with its remedy."""
+        error = error.reason if isinstance(getattr(error, "reason", None), Exception) else error
+        if isinstance(error, TimeoutError):
+            return "silent", f"TimeoutError: no answer within {self.TIMEOUT} s"
+        if isinstance(error, ConnectionRefusedError):
+            return "away", "connection refused"
+        if isinstance(error, socket.gaierror):
+            return "final", f"there is no such host ({error})"
+        if not isinstance(error, urllib.error.HTTPError):
+            return "again", repr(error)
+        words = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+        if error.code in (401, 403):
+            words += f" (the key is taken from OPENAI_API_KEY_{self.name.upper()} or OPENAI_API_KEY)"
+        if error.code == 404 and not self.url.endswith("/v1"):
+            words += " (the address of vLLM and SGLang ends in /v1)"
+        again = error.code >= 500 or error.code in (408, 429)
+        return "away" if error.code in (502, 503) else "again" if again else "final", words
+
+    def tell(self, message):
+        """Print what happened to the server, each thing once."""
+        if message not in self.told:
+            self.told.add(message)
+            print(f"\nreward {self.name}: {message}", file=sys.stderr)
 
 
 def data_url(image):
@@ -1502,7 +1712,11 @@ def face_identity(embed):
         old, new = (torch.as_tensor(np.array(faces), dtype=torch.float64) for faces in (old, new))           # (faces, d)
         return F.cosine_similarity(old[:, None], new, dim=-1).amax(1).clamp(min=0).mean().item()
 
-    return lambda images, prompts, sources: [*map(similarity, images, sources)]
+    def score(images, prompts, sources):
+        return [*map(similarity, images, sources)]
+
+    score.range = 0.0, 1.0
+    return score
 
 
 def insightface_embed():
@@ -1510,53 +1724,101 @@ def insightface_embed():
     try:
         from insightface.app import FaceAnalysis
     except ImportError as error:
-        raise ImportError("--reward identity: `pip install insightface onnxruntime` (its weights are for non-commercial "
+        raise UserError("--reward identity: `pip install insightface onnxruntime` (its weights are for non-commercial "
                           "research only), or bring identity=file.py:embed") from error
     app = FaceAnalysis(allowed_modules=["detection", "recognition"])
     app.prepare(ctx_id=-1)
     return lambda image: [face.normed_embedding for face in app.get(np.asarray(on_white(image))[:, :, ::-1])]  # BGR
 
 
-def load_rewards(specs, root, device, vlms):
+REWARD_KEYS = ("weight", "source", "range", "rubric", "reasoning", "model")
+EDITS_ONLY = ("instruction", "consistency", "identity")  # what they judge is the change
+
+
+def load_rewards(specs, root):
     """`--reward` values -> [Reward]: NAME, NAME=SOURCE, or one JSON file of
 
-        {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?}}, "categories"?: {CATEGORY: {NAME: weight}}}
+        {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?, "model"?}}, "categories"?: {CATEGORY: {NAME: weight}}}
 
     Names alone weigh 1/K; weights that do not sum to 1 are an error. A source is a VLM (directory or hub id), the URL of an
-    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. On a GPU VLMs wait in host memory for
-    `seat_judges`; `vlms` {directory: model} lets several rewards share one.
+    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. VLMs are found here and loaded by `load_vlms`.
     """
-    where, folder, pairs = "--reward", Path(), [spec.partition("=")[::2] for spec in specs]
-    table = {"rewards": {name: {"weight": 1 / len(specs), "source": source} for name, source in pairs}}
-    if len(table["rewards"]) < len(specs) or (len(specs) > 1 and any(name.endswith(".json") for name, _ in pairs)):
-        raise ValueError(f"--reward {' '.join(specs)}: want different names, or one JSON file alone")
-    if specs and specs[0].endswith(".json"):
-        where, folder, table = specs[0], Path(specs[0]).parent, read_config(specs[0])
-    entries, categories, rewards = table.get("rewards", {}), table.get("categories", {}), []
-    try:
-        inner = {key for entry in entries.values() for key in entry} - {"weight", "source", "range", "rubric", "reasoning"}
-        if unknown := inner | set(table) - {"rewards", "categories"}:
-            raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
-        for label, weights in [("rewards", {n: e.get("weight", math.nan) for n, e in entries.items()}), *categories.items()]:
-            if specs and (set(weights) - set(entries) or not abs(sum(weights.values()) - 1) < 1e-6 or min(weights.values()) < 0):
-                raise ValueError(f"{where}: {label}: {weights} must be weights of {', '.join(entries)} that sum to 1")
-        spans = {n: tuple(e.get("range", (0.0, 1.0) if n == "identity" else (1.0, 5.0))) for n, e in entries.items()}
-        if not all(len(span) == 2 and span[0] < span[1] for span in spans.values()):
-            raise ValueError(f"{where}: a range is two numbers, the lower first")
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f'{where}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}}}, as load_rewards says ({error})') from None
+    where, folder, entries, categories = "--reward", Path(), {}, {}
+    if len(specs) == 1 and specs[0].endswith(".json"):
+        where, folder = specs[0], Path(specs[0]).parent
+        entries, categories = read_reward_file(specs[0])
+    else:
+        for spec in specs:
+            name, _, source = spec.partition("=")
+            if name in entries or not name or name.endswith(".json"):
+                raise UserError(f"--reward {' '.join(specs)}: want different names, or one JSON file alone")
+            entries[name] = {"weight": 1 / len(specs), "source": source}
+    rewards = []
     for name, entry in entries.items():
-        source, score = open_source(name, entry, folder, root, device, vlms)
-        weights = {category: vector.get(name, 0.0) for category, vector in categories.items()}
-        rewards.append(Reward(name, entry["weight"], source, score, spans[name], weights))
+        source, score = open_source(name, entry, folder, root)
+        span = (1.0, 5.0) if isinstance(score, (VLMScorer, RemoteScorer)) else getattr(score, "range", None)
+        span = check_range(where, name, entry.get("range", span))
+        weights = {category: float(vector.get(name, 0)) for category, vector in categories.items()}
+        rewards.append(Reward(name, float(entry["weight"]), source, score, span, weights))
     return rewards
 
 
-def open_source(name, entry, folder, root, device, vlms):
-    """One reward's source, in words, and its scoring function."""
+def read_reward_file(path):
+    """The entries {NAME: {"weight": ...}} and {CATEGORY: {NAME: weight}} of a reward file, checked."""
+    table = read_config(path)
+    entries, categories = table.get("rewards"), table.get("categories", {})
+    named = isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values())
+    if not named or not isinstance(categories, dict) or not all(isinstance(vector, dict) for vector in categories.values()):
+        raise UserError(f'{path}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}, "categories"?: {{CATEGORY: {{NAME: weight}}}}}}')
+    if unknown := table.keys() - {"rewards", "categories"}:
+        raise UserError(f"{path}: unknown key {', '.join(sorted(unknown))}; there are rewards and categories")
+    for name, entry in entries.items():
+        if unknown := entry.keys() - REWARD_KEYS:
+            raise UserError(f"{path}: reward {name}: unknown key {', '.join(sorted(unknown))}; there are {', '.join(REWARD_KEYS)}")
+        for key in ("source", "rubric", "model"):
+            if not isinstance(entry.get(key, ""), str):
+                raise UserError(f'{path}: reward {name}: "{key}" is {entry[key]!r}, want a string')
+        if type(entry.get("reasoning", 0)) is not int or entry.get("reasoning", 0) < 0:
+            raise UserError(f'{path}: reward {name}: "reasoning" is {entry["reasoning"]!r}, want a number of tokens')
+    for label, vector in [("rewards", {name: entry.get("weight") for name, entry in entries.items()}), *categories.items()]:
+        if unknown := vector.keys() - entries.keys():
+            raise UserError(f"{path}: {label}: there is no reward {', '.join(sorted(unknown))}")
+        for name, weight in vector.items():
+            if type(weight) not in (int, float) or not 0 <= weight <= 1:
+                raise UserError(f"{path}: {label}: the weight of {name} is {weight!r}, want a number from 0 to 1")
+        if abs(sum(vector.values()) - 1) > 1e-6:
+            raise UserError(f"{path}: {label}: the weights sum to {sum(vector.values()):g}, not to 1")
+    return entries, categories
+
+
+def check_range(where, name, span):
+    """The scale of a reward as two numbers, or None."""
+    if span is None:
+        return None
+    if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(x) in (int, float) for x in span) and span[0] < span[1]):
+        raise UserError(f"{where}: the range of {name} is {span!r}, want two numbers, the lower first")
+    return float(span[0]), float(span[1])
+
+
+def check_rewards(rewards, requests):
+    """Refuse rewards that no prompt of [Request] can be judged by; say which categories no prompt has."""
+    for reward in rewards:
+        asked = [request for request in requests if reward.weigh(request)]
+        if asked and reward.name in EDITS_ONLY and not any(request.sources for request in asked):
+            raise UserError(f"reward {reward.name} judges edits, and no prompt has a source image")
+    unknown = {category for reward in rewards for category in reward.categories} - {request.category for request in requests}
+    if unknown and is_first(f"{unknown}"):
+        print(f"reward weights for {', '.join(sorted(unknown))}: no prompt is of such a category")
+
+
+def open_source(name, entry, folder, root):
+    """One reward's source, in words, and its scoring function; a VLM is not loaded yet."""
     source, brought = entry.get("source", ""), root / "rewards" / name
     if "://" in source:
-        return source, RemoteScorer(source, entry.get("rubric") or find_rubric(name), entry.get("reasoning", 0))
+        scorer = RemoteScorer(name, source, model=entry.get("model"))
+        _, rubric, reasoning = read_card(Path(scorer.model), name)  # a server names the directory that it serves
+        scorer.rubric, scorer.reasoning = entry.get("rubric") or rubric or find_rubric(name), entry.get("reasoning", reasoning)
+        return source, scorer
     if name == "identity":
         return source or "insightface", face_identity(load_function(folder / source) if source else insightface_embed())
     if source.partition(":")[0].endswith(".py"):
@@ -1564,21 +1826,35 @@ def open_source(name, entry, folder, root, device, vlms):
     zero_shot = not source and not brought.is_dir()
     directory = root / "text_encoder" if zero_shot else brought if not source else folder / source
     directory = directory if directory.is_dir() else download(source)
+    directory, rubric, reasoning = read_card(directory, name)
+    read_config(directory / "config.json")
+    scorer = VLMScorer(directory, root / "processor" if zero_shot else directory, entry.get("rubric") or rubric or find_rubric(name),
+                       entry.get("reasoning", reasoning))
+    return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
+
+
+def read_card(directory, name):
+    """What train_reward.py wrote beside a VLM: the directory of its weights, the rubric to ask (None: none), tokens of reasoning."""
     card = read_config(directory / "reward.json") if (directory / "reward.json").exists() else {}
     if "weights" in card:  # shared with another reward
         directory = directory / card["weights"]
         card = read_config(directory / "reward.json")
-    directory = directory.resolve()
     rubrics = card.get("rubrics", {})  # a VLM with one rubric is asked that one, whatever the reward is called
-    rubric = entry.get("rubric") or rubrics.get(name) or (find_rubric(name) if len(rubrics) != 1 else [*rubrics.values()][0])
-    if directory not in vlms:
-        with one_rank_at_a_time():
-            vlms[directory] = load_vlm(directory, "cpu", compute_dtype(device))
-            if device.type == "cuda":
-                unseat(vlms[directory])
-    scorer = VLMScorer(vlms[directory], root / "processor" if zero_shot else directory, rubric,
-                       entry.get("reasoning", card.get("reasoning", 0)))
-    return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
+    rubric = [*rubrics.values()][0] if len(rubrics) == 1 else rubrics.get(name)
+    return directory.resolve(), rubric, card.get("reasoning", 0)
+
+
+def load_vlms(rewards, device):
+    """Load the VLMs of these rewards, each once. On a GPU they wait in host memory for `seat_judges`. All ranks call."""
+    vlms = {}
+    for scorer in (reward.score for reward in rewards if isinstance(reward.score, VLMScorer)):
+        directory = scorer.vlm
+        if directory not in vlms:
+            with one_rank_at_a_time():
+                vlms[directory] = load_vlm(directory, "cpu", compute_dtype(device))
+                if device.type == "cuda":
+                    unseat(vlms[directory])
+        scorer.vlm = vlms[directory]
 
 
 def local_vlms(rewards):
@@ -1640,20 +1916,29 @@ def reward_threads(rewards, device):
 def find_rubric(name):
     if name in RUBRICS:
         return RUBRICS[name]
-    raise ValueError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, "rubric" brings one')
+    raise UserError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, "rubric" brings one')
 
 
 def load_function(source):
-    """file.py:function -> the function (images, prompts, sources) -> [float]."""
+    """file.py:function -> the function (images, prompts, sources) -> [float]. The file may import its neighbours.
+
+    Its range, where rewards are compared outside of training, is an attribute: function.range = (0, 1).
+    """
     path, _, name = str(source).rpartition(":")
+    if not path or not name.isidentifier():
+        raise UserError(f"--reward {source}: want file.py:function")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward {source}: there is no file {path}" if path else f"--reward {source}: want file.py:function")
+        raise UserError(f"--reward {source}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise AttributeError(f"--reward {source}: {path} has no function {name}")
+    sys.path.append(str(Path(path).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {source}: {path} cannot be imported: {error!r}{raised_at(error)}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward {source}: {path} has no function {name}")
     return getattr(module, name)
 
 
@@ -1684,7 +1969,7 @@ def shard(model, device, offload=False):
     world = dist.get_world_size()
     for name, param in model.named_parameters():
         if len(param) % world:
-            raise ValueError(f"{name} has {len(param)} rows, which {world} ranks cannot share evenly")
+            raise UserError(f"{name} has {len(param)} rows, which {world} ranks cannot share evenly")
     shard_blocks(model, model.transformer_blocks, init_device_mesh(device.type, (world,)), offload)
     for method in ("prefix", "velocity", "anchor"):
         register_fsdp_forward_method(model, method)
@@ -1739,7 +2024,7 @@ def pinned(x):
     pages = torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).view(x.shape).copy_(x)
     error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))
     if error:
-        raise MemoryError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {error})")
+        raise UserError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {error})")
     weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, pages.data_ptr()).atexit = False
     return pages
 
@@ -1903,7 +2188,7 @@ def plan_memory(config, vae_config, device, job):
     text = (f"memory of each {device.type}, {in_words(phases)}, of {size / 2**30:.0f} GiB\n"
             f"host memory for all ranks, {in_words(host)}, of {machine / 2**30:.0f} GiB a machine")
     if max(phases.values()) > size or here > machine:
-        raise MemoryError(f"this run does not fit:\n{text}\nLess memory takes: --offload, --micro-batch 1, --rollout-batch 1, a smaller "
+        raise UserError(f"this run does not fit:\n{text}\nLess memory takes: --offload, --micro-batch 1, --rollout-batch 1, a smaller "
                           "--size, more GPUs; in host memory: --kl-coef 0")
     if dist.get_rank() == 0:
         print(f"{text}\n{'; '.join(describe(mode)[:2 + bool(job.judges)])}")
@@ -1951,10 +2236,49 @@ def half_interval(values):
     return quantile * torch.as_tensor(values, dtype=torch.float64).std().item() / len(values) ** 0.5
 
 
+def report(run, rewards, before, after, title):
+    """Print and save the before/after table; scores (K, prompts, images), NaN where there is none."""
+    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
+    table = {}
+    for reward, a, b in zip(rewards, before, after):
+        gain = (b - a).nanmean(dim=1)  # paired by prompt
+        gain = gain[gain.isfinite()]  # prompts without a score are left out
+        if not len(gain):
+            print(f"{reward.name:<16} no score in both")
+            table[reward.name] = {"base": None, "trained": None, "difference": None, "interval": None, "prompts": 0}
+            continue
+        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
+        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
+        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
+        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
+    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
+
+
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+              "DroidSansFallback.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc")
+
+
+def caption_font(captions):
+    """A font for captions: Pillow's own, which is Latin, or one of the system's that knows Chinese too; None where that is missing."""
+    if all(ord(character) < 0x250 for caption in captions for character in caption):
+        return ImageFont.load_default(10)
+    for name in WIDE_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 10)
+
+
 def image_grid_png(path, *rows, columns=8):
-    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which interleave."""
+    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which interleave. Labels that no font
+    can show are numbers, and what they mean is in a text file beside the picture."""
+    captions = [caption for row in rows for caption, _ in row]
+    font, notes = caption_font(captions), path.with_suffix(".txt")
+    if font is None:
+        write_text(notes, "\n".join(f"#{i} {caption}" for i, caption in enumerate(captions, 1)))
+        numbers, font = (f"#{i}, see {notes.name}" for i in itertools.count(1)), ImageFont.load_default(10)
+        rows = [[(next(numbers), image) for _, image in row] for row in rows]
     rows = [row[i:i + columns] for i in range(0, max(map(len, rows)), columns) for row in rows]
-    first, font, text = rows[0][0][1], ImageFont.load_default(10), 40
+    first, text = rows[0][0][1], 40
     cell = max(96, first.width)
     height = cell * first.height // first.width
     sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
@@ -1964,7 +2288,8 @@ def image_grid_png(path, *rows, columns=8):
             left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
             sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
-            caption = "\n".join(textwrap.wrap(caption, cell // 5)[:3])
+            wide = max(map(ord, caption), default=0) > 0x2e80
+            caption = "\n".join(textwrap.wrap(caption, cell // (10 if wide else 5))[:3])
             draw.text((left, top + height + 1), caption, fill="black", font=font, spacing=1)
     sheet.save(path)
 
@@ -1999,3 +2324,263 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
         draw.rectangle((box[2] - 22, y, box[2] - 12, y + 10), fill=colour)
         draw.text((box[2] - 28, y - 2), name, fill="black", font=font, anchor="ra")
     image.save(path)
+
+
+# ---- 9. runs: what the scripts do around their algorithm -----------------------------------------------------
+
+STOP = threading.Event()  # the run was asked to end: what waits gives up, the step is finished and saved
+
+
+class UserError(Exception):
+    """What a user can put right: the message names the file, line, key or flag and what to do, and is all that is shown."""
+
+
+def command_line(main):
+    """A script's main as a process. A UserError ends it with code 2 and its message, once for all ranks; any other exception is a bug
+    and keeps its traceback."""
+    code = 0
+    try:
+        main()
+        gc.collect()  # no FSDP module may outlive the process group
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UserError as error:
+        code = 2
+        if is_first(str(error)):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        if is_first("interrupted"):
+            print("interrupted", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or STOP.is_set():
+        os._exit(code)  # reward threads may be waiting for a server that never answers
+
+
+def is_first(message):
+    """Whether this rank is the first to come with a message."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    key = hashlib.sha256(message.encode()).hexdigest()
+    return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A script's flags, its docstring the help; a wrong one is a UserError."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains all flags)")
+
+
+def bounded(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float from low to high, both ends included, but for low if `above`."""
+    words = {int: "a whole number", float: "a number"}[kind]
+    words += f" above {low:g}" if above else f" of at least {low:g}"
+    words += f" and at most {high:g}" if high < math.inf else ""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or abs(value) == math.inf or above and value == low:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    return read
+
+
+def image_side(text):
+    """An argparse type: pixels, a multiple of 32."""
+    if not text.isdecimal() or int(text) < 32 or int(text) % 32:
+        raise argparse.ArgumentTypeError(f"{text}: a side of the image is a multiple of 32 pixels")
+    return int(text)
+
+
+def directory_name(text):
+    """An argparse type: the name of a directory to be made."""
+    if Path(text).name != text or text in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r}: want a name, without / and not ..")
+    return text
+
+
+def parse_run(parser, argv, needed, free, name, folder):
+    """The flags of a new run, which must have those `needed`; or with --resume those that the run in folder(args), which flag `name` names,
+    was started with, of which the `free` may be given anew."""
+    args = parser.parse_args(argv)
+    if not args.resume:
+        missing = [flag(name) for name in needed if not getattr(args, name)]
+        if missing:
+            parser.error(f"{' and '.join(missing)} must be given")
+        return args
+    if not getattr(args, name):
+        parser.error(f"--resume continues a run: say which with {flag(name)}")
+    before = folder(args) / "args.json"
+    if not before.exists():
+        raise UserError(f"--resume: there is no run {before.parent} to continue")
+    before = read_config(before)
+    if before.get("script", args.script) != args.script:
+        raise UserError(f"--resume: {folder(args)} is a run of {before['script']}.py")
+    args = parser.parse_args(argv, argparse.Namespace(**before | {"resume": True}))
+    changed = [flag(name) for name, value in before.items() if name not in ("resume", *free) and getattr(args, name) != value]
+    if changed:
+        raise UserError(f"--resume: {folder(args)} was started with other values of {', '.join(changed)}")
+    return args
+
+
+def tiny_prompts(args, tiny, prompts, heldout):
+    """The arguments with the prompt files of the tiny world for its model and what was trained from it; any other needs its own."""
+    defaults = {"prompts": str(tiny / prompts), "eval_prompts": str(tiny / heldout)}
+    missing = [name for name in defaults if not getattr(args, name)]
+    if missing and (Path(args.model) / "text_encoder").resolve() != (tiny / "model" / "text_encoder").resolve():
+        raise UserError(f"--model {args.model} needs {' and '.join(map(flag, missing))} FILE: the default prompts are the tiny world's")
+    for name in missing:
+        setattr(args, name, defaults[name])
+    return args
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def resume_command(args, where):
+    """What continues a run: `where` are the flags that name it."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    return f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} {sys.argv[0]} --resume {where}"
+
+
+def stopped(args, step, where):
+    """What a run that was asked to end says last: `step` steps are trained and saved."""
+    if dist.get_rank() == 0:
+        print(f"stopped after {step} of {args.steps} steps; continue: {resume_command(args, where)}")
+
+
+def stop_gently(rank):
+    """From here on Ctrl-C and SIGTERM set STOP. A second one ends the process at once; torchrun passes Ctrl-C on, so that it comes
+    twice in a moment."""
+    STOP.clear()
+    times = []
+
+    def stop(*_):
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
+            os._exit(130)
+        if not STOP.is_set() and rank == 0:
+            print("\nstopping: this step is finished and saved (once more: at once)", file=sys.stderr)
+        STOP.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def stop_at_once(rank, message):
+    """From here on Ctrl-C and SIGTERM end the process, with a message."""
+    def stop(*_):
+        if rank == 0:
+            print(f"\n{message}", file=sys.stderr)
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if STOP.is_set():
+        stop()
+
+
+def claim(folder):
+    """Make a directory this process's own as long as it lives: whether no other has it. Two runs must not write to one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    LOCKS.append(lock)  # released when the process ends
+    return True
+
+
+LOCKS = []
+
+
+def open_run(args, specs, rank):
+    """runs/NAME, claimed for this run, with its args.json; NAME is made from `specs` if there is none. All ranks call."""
+    names = [Path(spec.partition("=")[0]).stem for spec in specs]
+    stem = args.name or "-".join([args.script, *names, f"s{args.seed}"])
+    run, count, trouble = Path("runs") / stem, 1, None
+    files = [args.prompts, args.eval_prompts, *(spec for spec in specs if spec.endswith(".json"))]
+    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+    before = getattr(args, "files", {})
+    if changed := [path for path in files if before.get(path, files[path]) != files[path]]:
+        raise UserError(f"--resume: {changed[0]} is not what it was when {run} was started; put it back, or start a new run")
+    args.files = files
+    while rank == 0 and trouble is None:
+        free = claim(run)
+        fresh = not (run / "log.jsonl").exists()
+        if free and (fresh or args.resume):
+            break
+        if args.name:
+            trouble = (f"{run} exists; continue it with --resume, or choose another --name" if free else
+                       f"{run} is being written by another process; choose another --name")
+        run, count = Path("runs") / f"{stem}-{count + 1}", count + 1
+    run, trouble = all_gather_list([(run, trouble)])[0]
+    if trouble:
+        raise UserError(trouble)
+    args.name = run.name
+    if rank == 0:
+        write_text(run / "args.json", json.dumps(vars(args), indent=2))
+    return run
+
+
+def check_disk(folder, network, bytes_each):
+    """Refuse to begin what could not be saved on the disk of `folder`: two checkpoints, the last one and the next, of so many bytes per
+    parameter of the network, and the model in bf16."""
+    free = shutil.disk_usage(folder).free
+    needed = (2 * bytes_each + 2) * sum(param.numel() for param in network.parameters())
+    if needed > free:
+        raise UserError(f"{folder}: its disk has {free / 2**30:.1f} GiB left, and two checkpoints and the model take {needed / 2**30:.1f}; "
+                        "--save-every 0 does without checkpoints")
+
+
+def prompt_ids(step, count, per_step, seed):
+    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
+    epoch, part = divmod(step, count // per_step)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
+
+
+def prompts_per_step(given, count, ranks, updates):
+    """How many prompts a step takes: `given`, checked, or a multiple of ranks x updates, the first from 16 on that there are."""
+    unit = ranks * updates
+    if given is None:
+        given = max(unit, min(unit * math.ceil(16 / unit), count // unit * unit))
+    if given % unit:
+        below, above = max(unit, given // unit * unit), (given // unit + 1) * unit
+        raise UserError(f"--prompts-per-step {given} is not a multiple of {ranks} ranks x {updates} updates; nearest: {below}, {above}")
+    if given > count:
+        raise UserError(f"--prompts-per-step {given}: the prompt file has only {count}")
+    return given
+
+
+def rank_share(ids, updates, rank, world):
+    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
+    return [i for update in range(updates) for i in ids[update::updates][rank::world]]
+
+
+def read_log(path, steps):
+    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again. Without a checkpoint the log moves
+    aside."""
+    if not path.exists():
+        return []
+    if steps == 0 and dist.get_rank() == 0:
+        path.rename(path.with_name("log.old.jsonl"))
+        print(f"{path.parent}: there is no checkpoint, so it starts again from step 0; the log so far is log.old.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if steps else []
+
+
+def write_log(path, log, new):
+    """Append the last line; a new or resumed run writes all of its lines."""
+    with open(path, "w" if new else "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))

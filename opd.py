@@ -20,72 +20,75 @@ Differs from the paper:
 """
 
 import argparse
-import gc
-import json
 import math
-import signal
 import time
 from collections import Counter
 from typing import NamedTuple
 from pathlib import Path
 
 from model import (
-    FEW, Job, Sampler, all_gather_list, backward_prefixes, compile_blocks, compute_dtype, create_shared,
-    detach_prefix, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source,
-    guided_velocity, half_interval, image_grid_png, keep_gathered, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, own_rows,
-    park, plan_memory, read_config, reduce_gradients, release, sample, sampling_settings, save_checkpoint,
-    save_model, seat_judges, setup, shard, vlm_bytes, weight_bytes, write_text)
+    STOP, ArgumentParser, Job, Sampler, UserError, all_gather_list, backward_prefixes, bounded, check_disk,
+    check_rewards, command_line, compile_blocks, compute_dtype, create_shared, detach_prefix, directory_name,
+    encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
+    image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
+    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, open_run,
+    own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_config, read_log,
+    reduce_gradients, release, report, resume_command, sample, sampling_settings, save_checkpoint, save_model,
+    seat_judges, setup, shard, stop_at_once, stop_gently, stopped, tiny_prompts, vlm_bytes, weight_bytes,
+    write_log)
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 CPU = torch.device("cpu")
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
+SAVED_BYTES = 12  # of a checkpoint, per parameter: weights and Adam's moments in fp32
+
+# what --resume may change
+FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr", "offload")
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    add("--prompts", default=str(TINY / "mixed.jsonl"), help="prompts to train on: JSON Lines, or .txt")
-    add("--eval-prompts", default=str(TINY / "heldout.jsonl"), help="prompts of the grids and of the final table")
-    add("--name", help="directory under runs/ (default: made from tasks, seed and a number)")
-    add("--steps", type=int, default=45, help="rollouts to train on (default: %(default)s)")
-    add("--seed", type=int, default=0, help="decides prompts, their order and all noise (default: %(default)s)")
-    add("--save-every", type=int, default=50, metavar="STEPS",
-        help="between checkpoints, 12 bytes per parameter each; 0 for none (default: %(default)s)")
-    add("--sample-every", type=int, default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
-    add("--eval-images", type=int, default=450, metavar="N",
+    add("--prompts", metavar="FILE", help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
+    add("--eval-prompts", metavar="FILE", help="prompts of the grids and of the final table (default: the tiny world's)")
+    add("--name", type=directory_name, help="directory under runs/ (default: made from tasks, seed and a number)")
+    add("--steps", type=bounded(int, 1), default=45, help="rollouts to train on (default: %(default)s)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
+        help=f"between checkpoints, {SAVED_BYTES} bytes per parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+    add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("teachers").add_argument
-    add("--teacher", nargs="+", required=True, metavar="TASK=DIR",
+    add("--teacher", nargs="+", default=[], metavar="TASK=DIR",
         help="for every task of the prompts (t2i, edit, or what `task` says) the model of its teacher: directory or hub id")
-    add("--teacher-cfg", type=float, metavar="S", help="guidance scale of all teachers (default: each checkpoint's own, else 1)")
+    add("--teacher-cfg", type=bounded(float, 0), metavar="S", help="guidance scale of all teachers (default: each checkpoint's own, else 1)")
     add("--judge", nargs="+", default=[], metavar="R", help="rewards of the final table, as in grpo.py")
     add = parser.add_argument_group("rollout").add_argument
-    add("--prompts-per-step", type=int, metavar="P",
+    add("--prompts-per-step", type=bounded(int, 1), metavar="P",
         help="a multiple of ranks x updates (default: the smallest from 16 on)")
-    add("--group-size", type=int, default=4, metavar="G", help="images per prompt (default: %(default)s)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"),
+    add("--group-size", type=bounded(int, 1), default=4, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=image_side, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--sampler-steps", type=bounded(int, 2), metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--train-timesteps", default="all", metavar="STEPS",
         help="sampler steps that are trained: all; half, the noisier one; a number, spread over that; or a list as 0,2,3 "
              "(default: %(default)s)")
-    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+    add("--rollout-batch", type=bounded(int, 1), metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help="AdamW (default: 2e-5 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--lr", type=bounded(float, 0, above=True), help="AdamW (default: 2e-5 x 4096 / width, as Adam's steps should shrink with width)")
     add("--dt-weighting", action="store_true", help="weigh every state by its step's |dt| (Eq. 18; default: equally, Eq. 14)")
-    add("--updates-per-rollout", type=int, default=1, metavar="U",
+    add("--updates-per-rollout", type=bounded(int, 1), default=1, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="B",
+    add("--micro-batch", type=bounded(int, 1), metavar="B",
         help="(image, timestep) pairs per forward (default: 512 tokens of them on a CPU, 8192 on a GPU)")
-    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
@@ -95,7 +98,9 @@ def parse_args(argv=None):
         help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash attention)")
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
-    return parser.parse_args(argv)
+    parser.set_defaults(script="opd")
+    args = parse_run(parser, argv, ["teacher"], FREE, "name", lambda args: Path("runs", args.name))
+    return tiny_prompts(args, TINY, "mixed.jsonl", "heldout.jsonl")
 
 
 # ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
@@ -109,7 +114,7 @@ def trained_steps(spec, total):
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
     if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise ValueError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
+        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
     return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
 
 
@@ -129,11 +134,13 @@ def teacher_roots(specs, requests, where):
     roots = {}
     for task, _, name in (spec.partition("=") for spec in specs):
         if not name or task in roots:
-            raise ValueError(f"--teacher {' '.join(specs)}: want TASK=DIR for different tasks, as t2i=DIR edit=DIR")
+            raise UserError(f"--teacher {' '.join(specs)}: want TASK=DIR for different tasks, as t2i=DIR edit=DIR")
         roots[task] = find_model(name)
     missing = {request.task for request in requests} - roots.keys()
     if missing:
-        raise ValueError(f"{where} has {' and '.join(sorted(missing))} prompts, but there is no --teacher {missing.pop()}=DIR")
+        raise UserError(f"{where} has {' and '.join(sorted(missing))} prompts, but there is no --teacher {missing.pop()}=DIR")
+    if unused := roots.keys() - {request.task for request in requests}:
+        raise UserError(f"--teacher {unused.pop()}=...: no prompt of {where} is of that task")
     return {task: roots[task] for task in sorted(roots, reverse=True)}  # in the order of a prompt file
 
 
@@ -151,46 +158,7 @@ def opd_loss(v, v_teacher, weight):
     return (weight * error).sum(), error.detach()                                                            # ()         Eq. 14
 
 
-# ---- 5. the run (same in grpo, nft, opd) ---------------------------------------------------------------------
-
-
-def open_run(args, specs):
-    """runs/NAME for this run, NAME from `specs`: one that is not there yet, or the one --resume continues, checked to be the same."""
-    names = [Path(spec.partition("=")[0]).stem for spec in specs]
-    stem = args.name or "-".join([Path(__file__).stem, *names, f"s{args.seed}"])
-    run, number = Path("runs") / stem, 2
-    if args.resume:
-        if not args.name or not (run / "args.json").exists():
-            raise FileNotFoundError(f"--resume: there is no run {run}; say which one with --name")
-        before = json.loads((run / "args.json").read_text())
-        args.prompts_per_step = args.prompts_per_step or before["prompts_per_step"]  # its default depends on the ranks
-        args.lr = before["lr"] if args.lr is None else args.lr
-        free = ("resume", "steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr",
-                "offload")
-        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
-        if changed:
-            raise ValueError(f"--resume: {run} was started with other values of {', '.join(changed)}")
-        return run
-    if args.name and (run / "args.json").exists():
-        raise FileExistsError(f"{run} exists; continue it with --resume or choose another --name")
-    while (run / "args.json").exists():
-        run, number = Path("runs") / f"{stem}-{number}", number + 1
-    dist.barrier()  # every rank has looked before rank 0 creates it
-    return run
-
-
-def prompt_ids(step, count, per_step, seed):
-    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
-    if per_step > count:
-        raise ValueError(f"--prompts-per-step {per_step}: the prompt file has only {count}")
-    epoch, part = divmod(step, count // per_step)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
-    return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
-
-
-def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
-    return [i for update in range(updates) for i in ids[update::updates][rank::world]]
+# ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -204,65 +172,37 @@ def apply_update(policy, optimizer, loss, grad_clip):
     return norm.item(), finite
 
 
-def read_log(path, steps):
-    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again."""
-    return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if path.exists() else []
-
-
-def write_log(path, log, new):
-    """Append the last line; a new or resumed run writes all of its lines."""
-    with open(path, "w" if new else "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (log if new else log[-1:]))
-
-
-def report(run, rewards, before, after, title):
-    """Print and save the before/after table; scores (K, prompts, images)."""
-    print(f"{title}\n{'':<16}{'base':>8}{'trained':>9}{'difference':>12}   95% interval")
-    table = {}
-    for reward, a, b in zip(rewards, before, after):
-        gain = (b - a).nanmean(dim=1)  # paired by prompt
-        gain = gain[gain.isfinite()]  # prompts without a score are left out
-        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
-        bounds = [difference - half, difference + half] if len(gain) >= FEW else None
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
-        shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
-        print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
-    write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
-
-
 def main(argv=None):
     # ---- 6. setup --------------------------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
-    stop = []  # SIGTERM fills it: the step is finished and saved, then the run ends
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     cuda, dtype = device.type == "cuda", compute_dtype(device)
     root = find_model(args.model)
     policy = new_transformer(root, torch.float32)
     config = policy.config
     grid, t, base_cfg = sampling_settings(root, args.size, args.sampler_steps)
     tokens, T = grid[0] * grid[1], len(t) - 1
-    run = open_run(args, args.teacher)
     lr = 2e-5 * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
     micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
-    G, U, unit = args.group_size, args.updates_per_rollout, world * args.updates_per_rollout
-    P = args.prompts_per_step = args.prompts_per_step or unit * math.ceil(16 / unit)
-    if P % unit:
-        below, above = max(unit, P // unit * unit), (P // unit + 1) * unit
-        raise ValueError(f"--prompts-per-step {P} is not a multiple of {world} ranks x {U} updates; nearest: {below}, {above}")
+    G, U = args.group_size, args.updates_per_rollout
     trained = trained_steps(args.train_timesteps, T)
 
     # ---- 7. data ---------------------------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
     roots = teacher_roots(args.teacher, requests, args.prompts)
+    rewards, judges = [], load_rewards(args.judge, root)
+    check_rewards(judges, heldout)
+    run = open_run(args, args.teacher, rank)
+    check_disk(run, policy, SAVED_BYTES * bool(args.save_every))
     used = {i: requests[i] for share in shares for i in share}
     vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, 256 * tokens, device)
+    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
     # ---- 8. rewards, memory, models --------------------------------------------------------------------------
-    rewards, judges = [], load_rewards(args.judge, root, device, {})
+    load_vlms(judges, device)
     weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
@@ -304,10 +244,10 @@ def main(argv=None):
     peak = matmul_peak(device)
     create_shared(run / "samples")
     if rank == 0:
-        write_text(run / "args.json", json.dumps(vars(args), indent=2))
         size = sum(param.numel() for param in policy.parameters())
         print(f"{run}: {size:,} parameters on {world} x {device.type}; "
               f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
+        print(f"prompts: {args.prompts} ({len(requests)}); held out: {args.eval_prompts} ({len(heldout)})")
         print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for task, teacher in teachers.items():
             print(f"teacher {task}: guidance {teacher.cfg:g} "
@@ -348,6 +288,7 @@ def main(argv=None):
 
     # ---- 11. train -------------------------------------------------------------------------------------------
     log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+    stop_gently(rank)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
@@ -379,6 +320,10 @@ def main(argv=None):
 
         if cuda:
             sampler.drop()  # the updates need the memory
+        if any(all_gather_list([STOP.is_set()])):  # nothing of this step has been trained
+            if step > start:
+                save_checkpoint(run / "checkpoint", step, policy, optimizer)
+            return stopped(args, step, f"--name {run.name}")
 
         # updates, each on its own groups
         errors, losses, norms, skipped = [], [], [], 0
@@ -403,9 +348,10 @@ def main(argv=None):
             norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer)
-                raise RuntimeError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none "
-                                   "was applied. Look at log.jsonl and samples/ for what went wrong before; --resume with a lower --lr")
+                save_checkpoint(run / "checkpoint", step, policy, optimizer, None, keep=True)
+                raise UserError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
+                                f"applied. See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, "
+                                "with a lower --lr, or from the checkpoint before if you remove this one")
             losses.append(total.item() * scale)
             norms.append(norm)
         cuda and torch.cuda.synchronize()
@@ -417,7 +363,7 @@ def main(argv=None):
         work = G * ((T + 3 * len(trained)) * work + len(trained) * guided)
         seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds - swap_seconds, "swap": swap_seconds, "train": train_seconds}
         error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
-        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "work": work, "stop": bool(stop),
+        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "work": work, "stop": STOP.is_set(),
                                   "loss": losses}])
         found = [pair for part in parts for pair in part["error"]]
         by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
@@ -437,13 +383,14 @@ def main(argv=None):
         if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
         if ending:
-            print(f"rank {rank}: stopped by SIGTERM after step {step}; --resume --name {run.name} continues")
-            return
+            return stopped(args, step + 1, f"--name {run.name}")
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
     if args.save_every and start < args.steps:
         save_checkpoint(run / "checkpoint", args.steps, policy, optimizer)
+    again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
+    stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
     # ---- 12. done --------------------------------------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
@@ -465,6 +412,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # no FSDP module may outlive the process group
-    dist.destroy_process_group()
+    command_line(main)

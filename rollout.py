@@ -24,7 +24,6 @@ Differs from the paper:
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -32,10 +31,11 @@ import time
 from pathlib import Path
 
 from model import (
-    FEW, UNDEFINED, Request, Sampler, compute_dtype, create_shared, encode_prompts, find_model, forward_flops,
-    generate, guidance_source, half_interval, image_grid_png, load_prompts, load_rewards, load_vae,
-    longest_prefix, materialise, matmul_peak, new_transformer, read_config, reward_threads, sampling_settings,
-    seat_judges, setup, write_text)
+    FEW, UNDEFINED, ArgumentParser, Request, Sampler, UserError, bounded, check_rewards, command_line,
+    compute_dtype, create_shared, directory_name, encode_prompts, find_model, forward_flops, generate,
+    guidance_source, half_interval, image_grid_png, image_side, load_prompts, load_rewards, load_vae,
+    load_vlms, longest_prefix, materialise, matmul_peak, new_transformer, open_picture, read_config,
+    reward_threads, sampling_settings, seat_judges, setup, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,34 +50,34 @@ PRIOR = 2.0  # std of the prior on ratings, in log-odds: keeps a checkpoint that
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("draw").add_argument
     add("prompt", nargs="*", help="prompts, or instructions with --source")
     add("--prompts", metavar="FILE", help="prompt file: JSON Lines, or .txt")
     add("--source", nargs="+", default=[], metavar="FILE", help="source images that every PROMPT edits")
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    add("--group-size", type=int, default=8, metavar="G", help="images per prompt (default: %(default)s)")
-    add("--height", type=int, metavar="H", help="pixels, a multiple of 32 (default: --width, else the checkpoint's, else 512)")
-    add("--width", type=int, metavar="W", help="the same (default: --height, else the checkpoint's, else 512)")
-    add("--sampler-steps", type=int, metavar="T", help="default: the checkpoint's sample_sigmas, else 40")
-    add("--cfg", type=float, metavar="S", help="guidance scale (default: the checkpoint's, else 1)")
-    add("--seed", type=int, default=0, help="decides all noise (default: %(default)s)")
-    add("--rollout-batch", type=int, metavar="B", help="images sampled at once (default: the group size, at most 8)")
+    add("--group-size", type=bounded(int, 1), default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--size", type=image_side, nargs=2, metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+    add("--sampler-steps", type=bounded(int, 2), metavar="T", help="default: the checkpoint's sample_sigmas, else 40")
+    add("--cfg", type=bounded(float, 0), metavar="S", help="guidance scale (default: the checkpoint's, else 1)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0, help="decides all noise (default: %(default)s)")
+    add("--rollout-batch", type=bounded(int, 1), metavar="B", help="images sampled at once (default: the group size, at most 8)")
     add("--reward", nargs="+", default=[], metavar="R", help="score the images; the same forms as in grpo.py")
-    add("--name", help="directory under rollouts/ (default: a number)")
+    add("--name", type=directory_name, help="directory under rollouts/ (default: a number)")
     add("--graph", action=argparse.BooleanOptionalAction,
         help="replay the sampler step as a CUDA graph (default: on a GPU)")
     add("--cudnn", action="store_true", help="cuDNN's attention in the sampler (default: flash attention)")
     add = parser.add_argument_group("use what was drawn and scored").add_argument
     add("--curate", nargs="+", metavar="DIR", help="write the prompts whose images differ in composite reward")
-    add("--min-range", type=float, metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
-    add("--quantile", type=float, default=0.5, metavar="Q",
+    add("--min-range", type=bounded(float, -1, 1), metavar="X", help="keep a prompt if its largest minus its smallest composite exceeds X, 0 to 1")
+    add("--quantile", type=bounded(float, 0, 1), default=0.5, metavar="Q",
         help="without --min-range: drop this share of every category's prompts, those of the smallest ranges, "
              "and all of range 0 (default: %(default)s)")
     add("--calibrate", nargs="+", metavar="DIR", help="print how the rewards relate within groups, per category")
     add("--compare", nargs="+", metavar="NAME=DIR", help="checkpoints drawn with the same prompts and seed; the first is the base")
     add("--vote", default="composite", metavar="R", help="reward that decides the pairwise votes (default: %(default)s)")
-    add("--tie", type=float, default=0.02, metavar="X", help="votes closer than X standard deviations are ties (default: %(default)s)")
+    add("--tie", type=bounded(float, 0), default=0.02, metavar="X", help="votes closer than X standard deviations are ties (default: %(default)s)")
     add("--out", metavar="PATH", help="what --curate (default: curated.jsonl) or --compare (default: compared/) writes")
     return parser.parse_args(argv)
 
@@ -104,7 +104,7 @@ def read_records(path):
     """
     path = Path(path) / "rollouts.jsonl" if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; draw it with rollout.py --prompts FILE --reward R")
+        raise UserError(f"there is no {path}; draw it with rollout.py --prompts FILE --reward R")
     records, lines = [], path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -112,7 +112,7 @@ def read_records(path):
             records += [record | {"folder": path.parent, "id": int(record["id"]), "image": int(record["image"])}]
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a line of rollout.py ({error!r})") from None
+                raise UserError(f"{path}:{number}: not a line of rollout.py ({error!r})") from None
             print(f"{path}:{number}: the last line was cut off; dropped")
     return sorted(records, key=lambda record: (record["id"], record["image"]))
 
@@ -135,7 +135,7 @@ def reward_names(records):
     """The rewards of scored records and, last, the composite."""
     names = list(dict.fromkeys(name for record in records for name in record.get("rewards", ())))
     if not names:
-        raise ValueError("these images were not scored; give --reward when they are drawn")
+        raise UserError("these images were not scored; give --reward when they are drawn")
     return [*names, "composite"]
 
 
@@ -274,7 +274,7 @@ def check_comparable(players):
     base, *others = ({meaning(record) for record in records} for records in players.values())
     for name, other in zip(list(players)[1:], others):
         if base ^ other:
-            raise ValueError(f"{name}: {max(len(base - other), len(other - base))} images are of other prompts, categories or seeds "
+            raise UserError(f"{name}: {max(len(base - other), len(other - base))} images are of other prompts, categories or seeds "
                              f"than {next(iter(players))}'s, or scored by other rewards; draw all from one prompt file with the same "
                              "--seed, --group-size and --reward")
 
@@ -328,7 +328,7 @@ def ratings(wins):
     games, x = wins + wins.T, np.zeros(len(wins))
     reached = np.linalg.matrix_power((games > 0) + np.eye(len(wins)), len(wins)) > 0
     if not reached.all():
-        raise ValueError("no chain of votes joins all checkpoints, so one scale cannot hold them")
+        raise UserError("no chain of votes joins all checkpoints, so one scale cannot hold them")
     for _ in range(50):  # Newton's method on a concave function
         p = 1 / (1 + np.exp(x[None] - x[:, None]))                                                           # (n, n) i beats j
         gradient, curvature = (wins - games * p).sum(1) - x / PRIOR**2, games * p * (1 - p)
@@ -351,7 +351,7 @@ def rating_intervals(votes, draws=300):
 def compare_ratings(players, reward, tie):
     """{category: {player: {rating, interval, prompts, trained_on}}}: the form of Fig. 4."""
     if reward not in reward_names(next(iter(players.values()))):
-        raise ValueError(f"--vote {reward}: these images were scored by {', '.join(reward_names(next(iter(players.values()))))}")
+        raise UserError(f"--vote {reward}: these images were scored by {', '.join(reward_names(next(iter(players.values()))))}")
     votes = count_votes(np.stack([score_array(records, reward) for records in players.values()]), tie)
     found = {}
     for category, rows in table_rows(next(iter(players.values()))).items():
@@ -410,12 +410,12 @@ def open_folder(args, rank):
     while not args.name and folder.exists():
         count, folder = count + 1, Path("rollouts") / str(count + 1)
     settings = {k: v for k, v in vars(args).items() if k in (
-        "prompt", "prompts", "source", "model", "group_size", "height", "width", "sampler_steps", "cfg", "seed", "rollout_batch",
+        "prompt", "prompts", "source", "model", "group_size", "size", "sampler_steps", "cfg", "seed", "rollout_batch",
         "reward", "cudnn")}
     before = read_config(folder / "args.json") if (folder / "args.json").exists() else settings
     changed = [f"--{key.replace('_', '-')}" for key, value in settings.items() if before.get(key, value) != value]
     if changed:
-        raise ValueError(f"{folder} was drawn with other values of {', '.join(changed)}; choose another --name")
+        raise UserError(f"{folder} was drawn with other values of {', '.join(changed)}; choose another --name")
     dist.barrier()  # every rank has looked before rank 0 creates it
     create_shared(folder / "images")
     if rank == 0:
@@ -458,23 +458,25 @@ def draw(args):
     """Sample, score and write a group for every prompt. Rewards work on one group while the next is sampled."""
     rank, world, device = setup()
     root, dtype, cuda = find_model(args.model), compute_dtype(device), device.type == "cuda"
-    size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
-    grid, t, cfg = sampling_settings(root, size, args.sampler_steps, args.cfg)
+    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     requests = load_prompts(args.prompts) if args.prompts else []
     requests += [Request(prompt, sources=tuple(args.source)) for prompt in args.prompt]
     G, batch = args.group_size, args.rollout_batch or min(8, args.group_size)
-    if min(G, batch) < 1:
-        raise ValueError(f"--group-size {G}, --rollout-batch {batch}: at least 1")
     if args.source and not args.prompt:
-        raise ValueError("--source goes with a PROMPT, written before the flags")
+        raise UserError("--source goes with a PROMPT, written before the flags")
     for path in args.source:
-        Image.open(path).close()
-    rewards = load_rewards(args.reward, root, device, {})
+        open_picture(path)
+    rewards = load_rewards(args.reward, root)
+    check_rewards(rewards, requests)
+    for reward in rewards:
+        if reward.range is None:
+            raise UserError(f"reward {reward.name}: curation and comparison need the range of its scores: below the function of {reward.source} "
+                            'write FUNCTION.range = (LOWEST, HIGHEST), or in a reward file "range": [LOWEST, HIGHEST]')
     folder = open_folder(args, rank)
     before = read_records(folder) if (folder / "rollouts.jsonl").exists() else []
     for record in before:
         if record["id"] >= len(requests) or requests[record["id"]].prompt != record["prompt"]:
-            raise ValueError(f"{folder}: prompt {record['id']} was {record['prompt']!r} when it was drawn; choose another --name")
+            raise UserError(f"{folder}: prompt {record['id']} was {record['prompt']!r} when it was drawn; choose another --name")
     done = {(record["id"], record["image"]) for record in before if not record.get("failed")}  # failed scores are tried again
     todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
     if rank == 0:
@@ -483,10 +485,11 @@ def draw(args):
               + f"; {len(requests) - len(todo)} prompts are there already" * (len(todo) < len(requests)))
     mine = todo[rank::world]
     vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, 256 * grid[0] * grid[1], device)
+    encoded = encode_prompts(root, vae, {i: requests[i] for i in mine}, grid, device)
     network = materialise(new_transformer(root, dtype), root, device).requires_grad_(False)
     longest, config = longest_prefix(encoded, 1 + (cfg != 1)) if mine else 0, network.config
     sampler = Sampler(network, cuda if args.graph is None else args.graph, longest, args.cudnn)
+    load_vlms(rewards, device)
     seat_judges(rewards, device)
     pools = reward_threads(rewards, device)
     trained = read_config(root / "model_index.json").get("_sampling", {}).get("trained_on", [])
@@ -548,7 +551,7 @@ def main(argv=None):
     if args.prompt or args.prompts:
         draw(args)
     elif not (args.curate or args.calibrate or args.compare):
-        raise ValueError("nothing to do: give a PROMPT (before the flags), --prompts FILE, --curate, --calibrate or --compare")
+        raise UserError("nothing to do: give a PROMPT (before the flags), --prompts FILE, --curate, --calibrate or --compare")
     if args.curate:
         records, out = read_all(args.curate), Path(args.out or "curated.jsonl")
         ranges, keep = curate(records, args.min_range, args.quantile)
@@ -561,13 +564,10 @@ def main(argv=None):
     if args.compare:
         names = [spec.partition("=")[0] for spec in args.compare]
         if not all("=" in spec for spec in args.compare) or len(set(names)) < len(names):
-            raise ValueError(f"--compare {' '.join(args.compare)}: want NAME=DIR with different names")
+            raise UserError(f"--compare {' '.join(args.compare)}: want NAME=DIR with different names")
         players = {name: read_records(spec.partition("=")[2]) for name, spec in zip(names, args.compare)}
         compare(players, args.vote, args.tie, Path(args.out or "compared"))
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    command_line(main)

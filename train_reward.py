@@ -25,7 +25,6 @@ Differs from the paper:
 """
 
 import argparse
-import gc
 import json
 import math
 import shutil
@@ -35,38 +34,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import (
-    FAILED, RUBRICS, Processor, VLMScorer, all_gather_list, compute_dtype, create_shared, device_memory,
+    FAILED, RUBRICS, STOP, ArgumentParser, Processor, UserError, VLMScorer, all_gather_list, as_umask_says,
+    bounded, check_keys, check_pictures, claim, command_line, compute_dtype, create_shared, device_memory,
     download, expected_score, find_rubric, free_memory, full_weights, keep_gathered, line_chart,
-    load_checkpoint, load_vlm, matmul_peak, on_white, one_rank_at_a_time, read_config, release, remove,
-    save_checkpoint, score_text, score_tokens, setup, shard_blocks, write_text)
+    load_checkpoint, load_vlm, matmul_peak, on_white, one_rank_at_a_time, open_picture, parse_run,
+    read_config, read_lines, read_text, release, remove, resume_command, save_checkpoint, score_text,
+    score_tokens, setup, shard_blocks, stop_at_once, stop_gently, stopped, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny" / "model"
+KEYS = ("prompt", "image", "score", "chosen", "rejected", "source", "reasoning", "reward", "attributes")
 ATTRIBUTES = ("valid", "text_distortion", "figure_distortion")
+
+# what --resume may change
+FREE = ("save_every", "eval_data", "micro_batch", "checkpointing", "out", "offload")
 
 # ---- 1. arguments --------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
+    parser.set_defaults(script="train_reward")
     add = parser.add_argument_group("reward").add_argument
-    add("--reward", required=True, metavar="NAME",
+    add("--reward", metavar="NAME",
         help=f"which built-in rubric to ask: {', '.join(RUBRICS)}; or any name, with --rubric")
     add("--rubric", metavar="FILE", help="text file with the rubric, {prompt} where the prompt goes")
-    add("--data", required=True, metavar="FILE", help="scored pictures, or pairs, to train on")
+    add("--data", metavar="FILE", help="scored pictures, or pairs, to train on")
     add("--eval-data", metavar="FILE", nargs="*", default=[], help="held-out scored pictures or pairs")
-    add("--out", required=True, metavar="DIR", help="directory to write")
+    add("--out", metavar="DIR", help="directory to write")
     add = parser.add_argument_group("model").add_argument
     add("--base", default=str(TINY / "text_encoder"), metavar="VLM",
         help="directory or hub id to start from, any Qwen-VL (default: the tiny one)")
     add("--processor", metavar="DIR", help="its tokenizer and image processor (default: processor/ beside --base, else --base)")
-    add("--pixels", type=int, metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
+    add("--pixels", type=bounded(int, 1), metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
@@ -75,22 +80,22 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--objective", choices=("pointwise", "pairwise"), default="pointwise",
         help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the paper's choice)")
-    add("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
-    add("--batch", type=int, default=32, help="pictures, or pairs, per step on all ranks (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 1 on a GPU)")
-    add("--lr", type=float, default=1e-3,
+    add("--steps", type=bounded(int, 1), default=400, help="optimizer steps (default: %(default)s)")
+    add("--batch", type=bounded(int, 1), default=32, help="pictures, or pairs, per step on all ranks (default: %(default)s)")
+    add("--micro-batch", type=bounded(int, 1), metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 1 on a GPU)")
+    add("--lr", type=bounded(float, 0, above=True), default=1e-3,
         help="AdamW, 20 steps of warm-up, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
-    add("--margin-scale", type=float, default=1.0, metavar="S", help="of R_w - R_l in Eq. 10 (default: %(default)s)")
-    add("--mass-coef", type=float, default=0.1,
+    add("--margin-scale", type=bounded(float, 0, above=True), default=1.0, metavar="S", help="of R_w - R_l in Eq. 10 (default: %(default)s)")
+    add("--mass-coef", type=bounded(float, 0), default=0.1,
         help="weight of -log(mass on the score tokens); 1 overwhelms Eq. 10 (default: %(default)s)")
-    add("--answer-coef", type=float, default=1.0,
+    add("--answer-coef", type=bounded(float, 0), default=1.0,
         help="weight of the cross-entropy of all other answer tokens (default: %(default)s)")
-    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
-    add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints, 0 for none (default: %(default)s)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0, help="order of the data (default: %(default)s)")
+    add("--save-every", type=bounded(int, 0), default=500, metavar="STEPS", help="between checkpoints, 0 for none (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint in DIR.part, what --out is until it is complete")
-    return parser.parse_args(argv)
+    return parse_run(parser, argv, ["reward", "data", "out"], FREE, "out", lambda args: Path(f"{Path(args.out)}.part"))
 
 
 # ---- 2. data -------------------------------------------------------------------------------------------------
@@ -109,27 +114,28 @@ class Example:
 
 def load_data(path, reward):
     """Scored pictures [(Example,)] or pairs [(chosen, rejected)], and what to say about them. A bad line is named."""
-    path, rows, notes = Path(path), [], Counter()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
+    path, rows, notes, places = Path(path), [], Counter(), {}
+    for number, line in read_lines(path):
         try:
             record = json.loads(line)
             row = read_record(record, path.parent, record.get("reward", reward), notes)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             wanted = 'want {"prompt", "image", "score"} or {"prompt", "chosen", "rejected"}'
-            raise ValueError(f"{path}:{number}: {wanted} ({error!r})") from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{path}:{number}: {wanted} ({error!r})") from None
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        for example in row or ():
+            for picture in example.pictures:
+                places.setdefault(picture, f"{path}:{number}")
+        check_keys(f"{path}:{number}", record, KEYS)
         rows += [row] if row else []
     if not rows:
-        raise ValueError(f"{path} holds nothing to learn from")
+        raise UserError(f"{path} holds nothing to learn from")
     if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{path} mixes scored pictures and pairs")
+        raise UserError(f"{path} mixes scored pictures and pairs")
     if len({bool(row[0].reasoning) for row in rows}) > 1:
-        raise ValueError(f"{path}: some lines have reasoning and others have none")
+        raise UserError(f"{path}: some lines have reasoning and others have none")
+    check_pictures(places)  # one that is not whole is found now, not in the middle of training
     return rows, "".join(f", {note} ({count})" for note, count in notes.items())
 
 
@@ -141,8 +147,7 @@ def read_record(record, folder, reward, notes):
     pictures, before = [folder / name for name in (*sources, *outputs)], [folder / name for name in sources]
     for picture in pictures:
         if not picture.is_file():
-            raise FileNotFoundError(f"no picture {picture}")
-        Image.open(picture).close()  # a file that is none is found now, not in the middle of training
+            raise ValueError(f"there is no picture {picture}")
     if not isinstance(record["prompt"], str) or not isinstance(record.get("reasoning") or "", str):
         raise TypeError("prompt and reasoning are strings")
     if len(outputs) == 2:
@@ -186,7 +191,7 @@ def collate(processor, rubrics, examples, device):
         digit = 3 if math.isnan(example.score) else round(example.score)  # only the form after it depends on this token
         answers.append(example.reasoning + f"\n<score>{digit}{tail}"[not example.reasoning:])
     inputs = processor([text + answer for text, answer in zip(texts, answers)],
-                       [on_white(Image.open(path)) for example in examples for path in example.pictures])
+                       [on_white(open_picture(path)) for example in examples for path in example.pictures])
     lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
     labels = inputs["input_ids"][:, -max(lengths):].clone()
     for row, length in enumerate(lengths):  # texts are padded on the left, so all answers end together
@@ -267,7 +272,7 @@ def rate(scorers, rows, rank, world):
         mine = [(i, e) for i, e in enumerate(examples) if e.reward == reward][rank::world]
         for first in range(0, len(mine), VLMScorer.BATCH):
             part = mine[first:first + VLMScorer.BATCH]
-            pictures = [[Image.open(path) for path in e.pictures] for _, e in part]
+            pictures = [[open_picture(path) for path in e.pictures] for _, e in part]
             read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in part], [p[:-1] for p in pictures])
             found += [(i, FAILED if isinstance(score, Exception) else score, mass) for (i, _), (score, mass, _) in zip(part, read)]
     return np.array([row[1:] for row in sorted(all_gather_list(found))]).T
@@ -297,20 +302,17 @@ def statistics(rows, scores, masses):
 
 
 def open_part(args, out, rank):
-    """DIR.part, where everything is written until it is complete, with args.json, which --resume must match. Nothing is overwritten."""
-    part = out.with_name(out.name + ".part")
+    """DIR.part, claimed, where everything is written until it is complete, with args.json. Nothing is overwritten. All ranks call."""
+    part, trouble = Path(f"{out}.part"), None
     if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out")
-    if part.exists() and not args.resume:
-        raise FileExistsError(f"{part} is left from an interrupted run; continue it with --resume, or remove it")
-    if args.resume:
-        if not (part / "args.json").exists():
-            raise FileNotFoundError(f"--resume: there is no {part} to continue")
-        before, free = read_config(part / "args.json"), ("resume", "save_every", "eval_data", "micro_batch", "checkpointing", "out", "offload")
-        changed = ["--" + k.replace("_", "-") for k, v in vars(args).items() if k not in free and before.get(k) != v]
-        if changed:
-            raise ValueError(f"--resume: {part} was started with other values of {', '.join(changed)}")
+        raise UserError(f"{out} exists; choose another --out")
+    if (part / "args.json").exists() and not args.resume:
+        raise UserError(f"{part} is left from an interrupted run; continue it with --resume, or remove it")
     dist.barrier()  # every rank has looked before rank 0 creates it
+    if rank == 0 and not claim(part):
+        trouble = f"{part} is being written by another process; choose another --out"
+    if trouble := all_gather_list([trouble])[0]:
+        raise UserError(trouble)
     create_shared(part)
     if rank == 0:
         write_text(part / "args.json", json.dumps(vars(args), indent=2))
@@ -330,22 +332,22 @@ def main(argv=None):
         processor.image_processor.size = dict(processor.image_processor.size) | {"shortest_edge": args.pixels}
     tokens = score_tokens(processor.tokenizer)
     if args.batch % world:
-        raise ValueError(f"--batch {args.batch} is not a multiple of {world} ranks")
+        raise UserError(f"--batch {args.batch} is not a multiple of {world} ranks")
 
     # ---- 6. data ---------------------------------------------------------------------------------------------
     train, note = load_data(args.data, args.reward)
     held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
     size = {"pointwise": 1, "pairwise": 2}[args.objective]
     if len(train[0]) != size:
-        raise ValueError(f"--objective {args.objective}: {args.data} holds {'pairs' if size == 1 else 'scored pictures'}")
+        raise UserError(f"--objective {args.objective}: {args.data} holds {'pairs' if size == 1 else 'scored pictures'}")
     if args.rubric and not any(example.reward == args.reward for row in train for example in row):
-        raise ValueError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another \"reward\"")
+        raise UserError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another \"reward\"")
     if len({Path(path).name for path in held_out}) < len(args.eval_data):
-        raise ValueError("--eval-data: the files must have different names")
+        raise UserError("--eval-data: the files must have different names")
     names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row} | {args.reward})
     rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
     if args.rubric:
-        rubrics[args.reward] = Path(args.rubric).read_text().strip()
+        rubrics[args.reward] = read_text(args.rubric).strip()
     longest = max(len(processor.tokenizer(row[0].reasoning, add_special_tokens=False).input_ids) for row in train)
     card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
@@ -363,7 +365,7 @@ def main(argv=None):
         where = "in host memory" if args.offload else f"on each {device.type}"
         place = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} {where}"
         if states > room:
-            raise MemoryError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
+            raise UserError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
     # torch's eps of 1e-8 damps parameters whose gradient is that small: of 8B parameters a gradient of norm 1 has an rms of
@@ -376,6 +378,7 @@ def main(argv=None):
               f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}; {place}")
 
     # ---- 8. train --------------------------------------------------------------------------------------------
+    stop_gently(rank)
     bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0, dynamic_ncols=True), None
     rated, read, began = 0, 0, time.perf_counter()
     for step in bar:
@@ -396,23 +399,30 @@ def main(argv=None):
             (loss * world / args.batch).backward()  # FSDP averages over ranks
             total += loss.item() / args.batch
             rated, read = rated + len(examples), read + inputs["input_ids"].numel()
-        total = sum(all_gather_list([total]))
+        parts = all_gather_list([(total, STOP.is_set())])
+        total, ending = sum(part[0] for part in parts), any(part[1] for part in parts)
         release(vlm)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
+        if not math.isfinite(total + norm):
+            raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start again with a lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running = total if running is None else 0.95 * running + 0.05 * total
         bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}", grad_rms=f"{norm / count**0.5:.1e}")
-        if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
+        if ending:
+            return stopped(args, step + 1, f"--out {args.out}")
     if rank == 0 and rated:
         seconds = time.perf_counter() - began
         print(f"{world * rated / seconds:.1f} examples a second, MFU {6 * count * read / seconds / matmul_peak(device):.1%} "
               "(6 FLOPs per trained parameter and token)")
 
     # ---- 9. done ---------------------------------------------------------------------------------------------
+    again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
+    stop_at_once(rank, f"trained, but not evaluated{again}")
     weights = full_weights(vlm)
     del vlm, optimizer, trained
     free_memory()
@@ -420,6 +430,7 @@ def main(argv=None):
         plain = load_vlm(base, "cpu", torch.bfloat16)
         plain.load_state_dict(weights)
         plain.save_pretrained(part)
+        as_umask_says(part)
         copy_processor(folder, part, args.pixels and dict(processor.image_processor.size))
         del plain
         free_memory()
@@ -443,10 +454,11 @@ def main(argv=None):
         line_chart(part / "scatter.png", dots, "predicted score", "human score", dots=True)
         remove(part / "checkpoint")
         part.rename(out)
-        print(f"wrote {out}")
+        print(f"wrote {out}; in a reward file, behind a server on another machine:")
+        for name, rubric in rubrics.items():
+            entry = {"weight": 1 / len(rubrics), "source": "http://HOST:8000/v1", "rubric": rubric, "reasoning": card["reasoning"]}
+            print(f"  {json.dumps(name)}: {json.dumps(entry)}")
 
 
 if __name__ == "__main__":
-    main()
-    gc.collect()  # no FSDP module may outlive the process group
-    dist.destroy_process_group()
+    command_line(main)

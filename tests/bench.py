@@ -27,6 +27,7 @@ TINY = ROOT / "tests" / "tiny"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(TINY)]
 
 import model  # noqa: E402  before torch: it sets the number of threads
+from runs import loaded_rewards  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -69,7 +70,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
     from test_diffusers import load_pipeline
     device, requests = torch.device("cpu"), dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")))
     vae, (grid, t, _) = model.load_vae(TINY / "model", device, torch.float32), model.sampling_settings(TINY / "model", steps=steps)
-    encoded = model.encode_prompts(TINY / "model", vae, requests, 256 * grid[0] * grid[1], device)
+    encoded = model.encode_prompts(TINY / "model", vae, requests, grid, device)
     chosen = one_length(encoded, prompts)
     images = [(0, i, g) for i in chosen for g in range(group)]
     samplers = {}
@@ -121,7 +122,7 @@ def bench_prefix(rounds=7, group=8, draws=4, micro_batch=32):
     device, grid = torch.device("cpu"), model.sampling_settings(TINY / "model")[0]
     requests = {0: model.load_prompts(TINY / "edits.jsonl")[0]}
     vae = model.load_vae(TINY / "model", device, torch.float32)
-    prompt, _ = model.encode_prompts(TINY / "model", vae, requests, 256 * grid[0] * grid[1], device)[0]
+    prompt, _ = model.encode_prompts(TINY / "model", vae, requests, grid, device)[0]
     network = model.materialise(model.new_transformer(TINY / "model", torch.float32), TINY / "model", device)
     x, target = torch.randn(2, group * draws, grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.5, 1, draws).repeat_interleave(group)
@@ -160,7 +161,7 @@ def bench_growth(rounds=3):
     device, root = torch.device("cpu"), TINY / "model"
     requests = dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")[:16]))
     vae = model.load_vae(root, device, torch.float32)
-    encoded = model.encode_prompts(root, vae, requests, 64 * 64, device)
+    encoded = model.encode_prompts(root, vae, requests, (4, 4), device)
     network = model.materialise(model.new_transformer(root, torch.float32), root, device).requires_grad_(False)
     sampler, base = model.Sampler(network, graphs=False), {"prompts": 4, "group size": 4, "steps": 10, "side": 64}
 
@@ -238,7 +239,7 @@ def bench_judges(count=256):
     pictures = [world.degrade(world.draw(world.sample_scene(rng)), rng)[0] for _ in range(count)]
     print(f"{count} drawings\n{'':<12}{'head':<6}{'different scores':>17}{'mean error':>12}{'largest':>9}")
     for name in ("aesthetic", "portrait"):
-        (reward,) = model.load_rewards([name], TINY / "model", torch.device("cpu"), {})
+        (reward,) = loaded_rewards([name], TINY / "model")
         exact, vlm = np.array(reward.score(pictures, [""] * count, [[]] * count)), reward.score.vlm
         print(f"{name:<12}{'fp32':<6}{len(set(exact)):>17}   computing in fp32 throughout")
         vlm.to(torch.bfloat16)
@@ -336,12 +337,12 @@ def bench_gradient(batches=12, prompts=16, group=8, noise_level=0.7):
     kappa = model.mean_shift(t[:-1], t.diff(), sigma)
     network = model.materialise(model.new_transformer(root, torch.float32), root, device)
     vae, requests = model.load_vae(root, device, torch.float32), model.load_prompts(TINY / "prompts.jsonl")
-    (reward,), sampler = model.load_rewards(["aesthetic"], root, device, {}), model.Sampler(network, False)
+    (reward,), sampler = loaded_rewards(["aesthetic"], root), model.Sampler(network, False)
     floats = grid[0] * grid[1] * network.config["in_channels"]
     gradients = {k: [] for k in trained}
     for batch in range(batches):
-        ids = grpo.prompt_ids(batch, len(requests), prompts, seed=0)
-        encoded = model.encode_prompts(root, vae, {i: requests[i] for i in ids}, 64 * 64, device)
+        ids = model.prompt_ids(batch, len(requests), prompts, seed=0)
+        encoded = model.encode_prompts(root, vae, {i: requests[i] for i in ids}, (4, 4), device)
         images = [(batch, i, g) for i in ids for g in range(group)]
         _, pictures, states = zip(*model.generate(sampler, vae, encoded, images, grid, t, sigma, cfg, 0, 64, trained))
         scores = reward([picture for few in pictures for picture in few], [requests[i] for _, i, _ in images])
@@ -376,7 +377,7 @@ def bench_noise(levels=(0, 0.7, 1.2), group=12):
     grid, t, cfg = model.sampling_settings(root)
     network = model.materialise(model.new_transformer(root, torch.float32), root, device).requires_grad_(False)
     vae, requests = model.load_vae(root, device, torch.float32), dict(enumerate(model.load_prompts(TINY / "heldout.jsonl")))
-    encoded, images = model.encode_prompts(root, vae, requests, 64 * 64, device), [(0, i, g) for i in requests for g in range(group)]
+    encoded, images = model.encode_prompts(root, vae, requests, (4, 4), device), [(0, i, g) for i in requests for g in range(group)]
     prompts, first = [requests[i].prompt for _, i, _ in images], None
     print(f"{len(images)} pictures\n| noise level | strict | difference | aesthetic | difference |\n|---|---|---|---|---|")
     for level in levels:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -38,16 +39,26 @@ def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
     return done.stdout + done.stderr, done.returncode
 
 
+def loaded_rewards(specs, root):
+    """The rewards of `--reward` values, ready to score on a CPU."""
+    rewards = model.load_rewards(specs, root)
+    model.load_vlms(rewards, torch.device("cpu"))
+    return rewards
+
+
 def run_here(folder, script, *arguments):
     """A script's main in this process, in `folder`."""
-    before, handler = os.getcwd(), signal.getsignal(signal.SIGTERM)
+    before, handlers = os.getcwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
         importlib.import_module(Path(script).stem).main([*map(str, arguments)])
     finally:
         os.chdir(before)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        while model.LOCKS:
+            model.LOCKS.pop().close()
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -44,10 +44,10 @@ def test_what_does_not_fit_is_refused_with_its_numbers(monkeypatch):
     monkeypatch.setattr(model, "all_gather_list", lambda values: values)
     monkeypatch.setattr(model.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(model, "device_memory", lambda device: 79 * 2**30)
-    with pytest.raises(MemoryError, match=r"updates \d+\.\d, .* of 7[0-9] GiB\n(.*\n)*Less memory takes: --offload"):
+    with pytest.raises(model.UserError, match=r"updates \d+\.\d, .* of 7[0-9] GiB\n(.*\n)*Less memory takes: --offload"):
         model.plan_memory(bench.REAL, bench.REAL_VAE, torch.device("cuda"), job)
     monkeypatch.setattr(model, "host_memory", lambda: 64 * 2**30)
-    with pytest.raises(MemoryError, match="Adam 53.0, .* of 64 GiB a machine"):
+    with pytest.raises(model.UserError, match="Adam 53.0, .* of 64 GiB a machine"):
         model.plan_memory(bench.REAL, bench.REAL_VAE, torch.device("cuda"), job._replace(offload=True))
 
 

@@ -74,7 +74,8 @@ def test_a_judge_that_left_the_gpu_comes_back(tmp_path):
     """From locked host memory, which is given back with it; a second judge may get the same addresses."""
     device = torch.device("cuda", 0)
     for _ in range(2):
-        rewards = model.load_rewards(["aesthetic"], TINY, device, {})
+        rewards = model.load_rewards(["aesthetic"], TINY)
+        model.load_vlms(rewards, device)
         model.seat_judges(rewards, device)
         pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white", "blue")]
         (thread,) = model.reward_threads(rewards, device)

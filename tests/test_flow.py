@@ -79,12 +79,12 @@ def test_timesteps_known_values():
 @pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
                                   "stochastic_sampling"])
 def test_unsupported_schedules_are_refused(flag):
-    with pytest.raises(ValueError, match=flag):
+    with pytest.raises(model.UserError, match=flag):
         model.timesteps(SCHEDULER | {flag: True}, 256)
 
 
 def test_linear_time_shift_is_refused():
-    with pytest.raises(ValueError, match="linear"):
+    with pytest.raises(model.UserError, match="linear"):
         model.timesteps(SCHEDULER | {"time_shift_type": "linear"}, 256)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model
-from grpo import group_advantage, grpo_loss, kl_loss, prompt_ids, rank_share, trained_steps
+from grpo import group_advantage, grpo_loss, kl_loss, trained_steps
 from model import mean_shift, sde_mean_std
 from runs import ORACLE, ROOT, SMALL, checkpoint, run_script
 
@@ -161,15 +161,15 @@ def test_trained_steps_prefer_high_noise():
     assert trained_steps("3", 8) == [0, 2, 3] and trained_steps("1", 8) == [0] and trained_steps("4", 40) == [0, 6, 13, 19]
     assert trained_steps("half", 8) == [0, 1, 2, 3] and trained_steps("all", 3) == [0, 1, 2] and trained_steps("5,0,", 8) == [0, 5]
     for spec in ("5", "0", "-1", "x", "", ",", "8,", "0,-1", "0,1,2-5", "0,,2"):
-        with pytest.raises(ValueError, match=f"--train-timesteps {spec}: want 1 to 4"):
+        with pytest.raises(model.UserError, match=f"--train-timesteps {spec}: want 1 to 4"):
             trained_steps(spec, 8)
 
 
 def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_evenly():
-    epoch = sorted(i for step in range(4) for i in prompt_ids(step, 32, 8, seed=3))
-    assert epoch == list(range(32)) and prompt_ids(5, 32, 8, 3) == prompt_ids(5, 32, 8, 3) != prompt_ids(5, 32, 8, 4)
-    ids = prompt_ids(0, 32, 8, 3)
-    one, two = rank_share(ids, 2, 0, 1), [rank_share(ids, 2, rank, 2) for rank in (0, 1)]
+    epoch = sorted(i for step in range(4) for i in model.prompt_ids(step, 32, 8, seed=3))
+    assert epoch == list(range(32)) and model.prompt_ids(5, 32, 8, 3) == model.prompt_ids(5, 32, 8, 3) != model.prompt_ids(5, 32, 8, 4)
+    ids = model.prompt_ids(0, 32, 8, 3)
+    one, two = model.rank_share(ids, 2, 0, 1), [model.rank_share(ids, 2, rank, 2) for rank in (0, 1)]
     assert sorted(one) == ids and [sorted(two[0][u] + two[1][u]) for u in (slice(2), slice(2, 4))] == [one[:4], one[4:]]
 
 

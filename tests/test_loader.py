@@ -41,6 +41,8 @@ def root(tmp_path):
         save_file(random_state(network), root / name / WEIGHTS)
     write_json(root / "scheduler" / "scheduler_config.json", {"shift": 1.0})
     write_json(root / "rewards" / "reward.json", {})
+    for name in ("processor", "text_encoder"):
+        (root / name).mkdir()
     return root
 
 
@@ -78,7 +80,8 @@ def test_saved_directory_is_complete(root, tmp_path):
     """Everything frozen is linked to the base, the guidance scale is noted, nothing temporary stays."""
     model.save_model(tmp_path / "new", root, load(root), guidance=3.0, trained_on=["b"])
     new = model.find_model(tmp_path / "new")
-    assert sorted(path.name for path in new.iterdir()) == ["model_index.json", "rewards", "scheduler", "transformer", "vae"]
+    assert sorted(path.name for path in new.iterdir()) == [
+        "model_index.json", "processor", "rewards", "scheduler", "text_encoder", "transformer", "vae"]
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
     assert (new / "vae").readlink() == root / "vae"
     assert model.new_transformer(new, torch.float32).config == TRANSFORMER
@@ -140,7 +143,7 @@ CHANGES = {
 def test_refuses_wrong_tensors(root, name):
     change, words = CHANGES[name]
     edit(root / "transformer" / WEIGHTS, change)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(model.UserError) as error:
         load(root)
     for word in words:
         assert word in str(error.value)
@@ -151,14 +154,14 @@ def test_refuses_a_truncated_file(root, left):
     path = root / "transformer" / WEIGHTS
     data = path.read_bytes()
     path.write_bytes(data[:int(left * len(data)) if left == 0.5 else left])
-    with pytest.raises(ValueError, match="damaged or truncated") as error:
+    with pytest.raises(model.UserError, match="damaged or truncated") as error:
         load(root)
     assert str(path) in str(error.value)
 
 
 def test_refuses_a_missing_file(root):
     (root / "transformer" / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+    with pytest.raises(model.UserError, match=WEIGHTS):
         load(root)
 
 
@@ -173,14 +176,14 @@ def sharded(root, tmp_path, monkeypatch):
 def test_refuses_a_missing_shard(sharded):
     name = json.loads((sharded / INDEX).read_text())["weight_map"][KEY]
     (sharded / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(model.UserError, match=name):
         load(sharded.parent)
 
 
 def test_refuses_an_index_that_names_an_absent_tensor(sharded):
     name = json.loads((sharded / INDEX).read_text())["weight_map"][KEY]
     edit(sharded / name, lambda state: state.pop(KEY))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(model.UserError) as error:
         load(sharded.parent)
     assert name in str(error.value) and KEY in str(error.value)
 
@@ -189,7 +192,7 @@ def test_refuses_an_index_that_omits_a_tensor(sharded):
     index = json.loads((sharded / INDEX).read_text())
     del index["weight_map"][KEY]
     write_json(sharded / INDEX, index)
-    with pytest.raises(ValueError, match=f"missing.*{KEY}"):
+    with pytest.raises(model.UserError, match=f"missing.*{KEY}"):
         load(sharded.parent)
 
 
@@ -206,12 +209,12 @@ def test_vae_accepts_its_unused_convolutions_and_nothing_else(root):
     for key in ("decoder.time_conv.weight", "decoder.up_blocks.0.upsampler.time_mix.weight",
                 TIME_CONV.replace("weight", "scale"), TIME_CONV + ".1"):
         edit(path, lambda state: state.update({key: torch.ones(1)}))
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(model.UserError) as error:
             model.load_vae(root, "cpu", torch.float32)
         assert "1 unexpected" in str(error.value) and key in str(error.value)
         edit(path, lambda state: state.pop(key))
     edit(path, lambda state: state.pop("quant_conv.bias"))
-    with pytest.raises(ValueError, match="1 missing.*quant_conv.bias"):
+    with pytest.raises(model.UserError, match="1 missing.*quant_conv.bias"):
         model.load_vae(root, "cpu", torch.float32)
 
 
@@ -222,21 +225,21 @@ def test_find_model_returns_the_directory(root):
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", None])
 def test_find_model_refuses_other_architectures(root, kind):
     write_json(root / "model_index.json", {"_class_name": kind})
-    with pytest.raises(ValueError, match=f"model_index.json.*{kind}.*expected 'QwenImage21Pipeline'"):
+    with pytest.raises(model.UserError, match=f"model_index.json.*{kind}.*expected 'QwenImage21Pipeline'"):
         model.find_model(root)
 
 
 def test_find_model_names_what_is_not_there(root, monkeypatch):
     import huggingface_hub
 
-    def unreachable(name):
+    def unreachable(name, file=None):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(FileNotFoundError, match="nobody/nothing.*no network"):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(model.UserError, match="nobody/nothing.*no network"):
         model.find_model("nobody/nothing")
     (root / "model_index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
+    with pytest.raises(model.UserError, match="model_index.json"):
         model.find_model(root)
 
 
@@ -244,7 +247,7 @@ def test_find_model_names_what_is_not_there(root, monkeypatch):
 def test_transformer_config_refuses(root, key, value):
     path = root / "transformer" / "config.json"
     write_json(path, TRANSFORMER | {key: value})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(model.UserError) as error:
         model.new_transformer(root, torch.float32)
     for word in (str(path), key, repr(value)):
         assert word in str(error.value)
@@ -262,7 +265,7 @@ def test_transformer_config_without_the_optional_keys(root):
                                         ("transformer/config.json", lambda root: model.new_transformer(root, torch.float32))])
 def test_refuses_a_config_that_is_not_json(root, name, read, text):
     (root / name).write_text(text)
-    with pytest.raises(ValueError, match="not JSON") as error:
+    with pytest.raises(model.UserError, match="not JSON") as error:
         read(root)
     assert str(root / name) in str(error.value)
 
@@ -272,10 +275,20 @@ def test_refuses_a_config_that_is_not_json(root, name, read, text):
 
 @pytest.mark.parametrize("line", [
     '"a"', "{}", '{"prompt": null}', '{"prompt": "a", "source": 5}', '{"prompt": "a", "category": ["b"]}', '{"prompt": "a", "task": 3}',
-    '{"prompt": "a", "sources": ["x.png"]}', "{", '{"prompt": "\udce9"}'])
+    "{"])
 def test_a_bad_line_of_a_prompt_file_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
-    with pytest.raises(ValueError, match="p.jsonl:3: want a JSON object"):
+    with pytest.raises(model.UserError, match="p.jsonl:3: want a JSON object"):
+        model.load_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"prompt": "a", "sources": ["x.png"]}', 'unknown key "sources"; is "source" meant'),
+    (b'{"prompt": "a", "sorce": ["x.png"]}', 'unknown key "sorce"; is "source" meant'), (b'{"prompt": "  "}', "the prompt is empty"),
+    (b'{"prompt": "a", "source": "gone.png"}', "there is no source image .*gone.png"), (b'{"prompt": "\xe9"}', "not UTF-8")])
+def test_a_line_that_would_mean_something_else_is_named(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a", "answer": 3}\n' + line + b"\n")
+    with pytest.raises(model.UserError, match=f"p.jsonl:2: {message}"):
         model.load_prompts(tmp_path / "p.jsonl")
 
 
@@ -291,5 +304,5 @@ def test_a_config_that_lacks_a_key_is_named(root, part, key):
     config = json.loads((root / part / "config.json").read_text())
     del config[key]
     write_json(root / part / "config.json", config)
-    with pytest.raises(ValueError, match=f"{part}/config.json: '{key}' is missing"):
+    with pytest.raises(model.UserError, match=f"{part}/config.json: '{key}' is missing"):
         model.new_transformer(root, torch.float32) if part == "transformer" else model.load_vae(root, "cpu", torch.float32)

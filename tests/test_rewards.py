@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import random
 import sys
 import threading
@@ -21,7 +22,7 @@ import model
 import world
 from grpo import await_scores, group_advantage
 from judge_server import HANG_UP, Judge, choice, serve
-from runs import checkpoint, run_script, start_script
+from runs import checkpoint, loaded_rewards, run_script, start_script
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ROOT / "tests/tiny/world.py"
@@ -46,9 +47,11 @@ def answered(picture, mass=0.9, digit="3"):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """One retry, at once."""
+    """One retry, at once; a server that is not there is waited for half a second."""
     monkeypatch.setattr(model.RemoteScorer, "RETRIES", 1)
-    monkeypatch.setattr(model, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(model.RemoteScorer, "AWAY", 0.5)
+    monkeypatch.setattr(model.RemoteScorer, "PAUSE", 0.1)
+    monkeypatch.setattr(model, "STOP", SimpleNamespace(wait=lambda seconds: time.sleep(min(seconds, 0.1)), is_set=lambda: False))
 
 
 # Remote endpoints
@@ -57,14 +60,14 @@ def patient(monkeypatch):
 @pytest.mark.parametrize("name", ["aesthetic", "alignment"])
 def test_remote_scores_equal_local_ones(name):
     """The same VLM, once here and once behind HTTP, which writes its whole answer; the alignment scorer thinks first."""
-    (local,) = model.load_rewards([name], make.OUT, torch.device("cpu"), {})
+    (local,) = loaded_rewards([name], make.OUT)
     assert bool(local.score.reasoning) == (name == "alignment")
     rng = np.random.default_rng(3)
     scenes = [world.sample_scene(rng) for _ in range(6)]
     images = [world.degrade(world.draw(scene), rng)[0] for scene in scenes]
     requests = [model.Request(world.caption(scene)) for scene in scenes]
     with serve(Judge(make.OUT / "rewards" / name)) as server:
-        remote = model.Reward(name, 1.0, server.url, model.RemoteScorer(server.url, local.score.rubric, local.score.reasoning))
+        remote = model.Reward(name, 1.0, server.url, model.RemoteScorer("judge", server.url, local.score.rubric, local.score.reasoning))
         expected, found = local(images, requests), remote(images, requests)
     assert [why for _, why in expected + found] == [""] * 12
     torch.testing.assert_close(torch.tensor([s for s, _ in found]), torch.tensor([s for s, _ in expected]), rtol=0, atol=1e-4)
@@ -77,9 +80,9 @@ def test_a_request_shows_sources_first_and_asks_as_the_local_scorer_does(tmp_pat
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     request = model.Request("make it {new}", sources=(str(tmp_path / "0.png"), str(tmp_path / "1.png")))
     with serve(lambda number, text, pictures, body: answered(pictures[-1])) as server:
-        (reward,) = model.load_rewards([f"consistency={server.url}/"], make.OUT, torch.device("cpu"), {})
+        (reward,) = loaded_rewards([f"consistency={server.url}/"], make.OUT)
         assert [round(score, 3) for score, _ in reward([grey(51), clear], [request, request])] == [1.8, 5]
-        model.RemoteScorer(server.url, "Nice?", reasoning=50)([grey(0)], ["x"], [[]])
+        model.RemoteScorer("nice", server.url, "Nice?", reasoning=50)([grey(0)], ["x"], [[]])
     shown = {text: [] for text, _ in server.asked}
     for text, pictures in server.asked:
         shown[text].append([picture.getpixel((0, 0))[0] for picture in pictures])
@@ -102,7 +105,7 @@ def spoil(kind, answer):
 
 
 @pytest.mark.parametrize("kind, tries, reason", [
-    ("out of time", 2, "TimeoutError"), ("HTTP 500", 2, "HTTP 500"), ("HTTP 429", 2, "HTTP 429"),
+    ("out of time", 1, "TimeoutError"), ("HTTP 500", 2, "HTTP 500"), ("HTTP 429", 2, "HTTP 429"),
     ("HTTP 400", 1, "HTTP 400"), ("dropped", 2, "RemoteDisconnected"), ("not JSON", 2, "JSONDecodeError"),
     ("no choices", 1, "KeyError"), ("no log-probs", 1, "no log-probs of"), ("score 7", 1, "no log-probs of <score>1-5"),
     ("cut off", 1, "finish_reason length"), ("no mass", 1, "only 0.3 of the probability")])
@@ -115,7 +118,7 @@ def test_a_faulty_answer_is_a_reason_and_leaves_the_others_alone(monkeypatch, pa
         return spoil(kind, answer) if pictures[0].getpixel((0, 0))[0] in faulty else answer
 
     with serve(answer) as server:
-        reward = model.Reward("grey", 1.0, server.url, model.RemoteScorer(server.url, "Nice?"))
+        reward = model.Reward("grey", 1.0, server.url, model.RemoteScorer("nice", server.url, "Nice?"))
         found = reward(images, [model.Request("x")] * len(images))
     for image, (score, why) in zip(images, found):
         if image.getpixel((0, 0))[0] in faulty:
@@ -139,7 +142,7 @@ def test_what_is_over_at_the_second_try_or_only_slow_does_no_harm(monkeypatch, p
         return spoil(kind, answered(pictures[0])) if first else answered(pictures[0])
 
     with serve(answer) as server:
-        scores = model.RemoteScorer(server.url, "Nice?")(images, ["x"] * 3, [[]] * 3)
+        scores = model.RemoteScorer("nice", server.url, "Nice?")(images, ["x"] * 3, [[]] * 3)
     assert scores == pytest.approx([score_of(image) for image in images], abs=1e-4)
     assert len(server.asked) == (3 if kind == "slow" else 5)
 
@@ -157,8 +160,8 @@ def test_the_last_score_of_an_answer_counts():
 @pytest.mark.parametrize("models", [(200, b"<html>"), (200, b'{"data": []}'), (404, b"{}")])
 def test_a_server_that_is_not_there_or_of_another_kind_is_an_error_at_once(patient, models):
     def refused():
-        with pytest.raises(ConnectionError, match=f"{server.url}/models does not answer"):
-            model.load_rewards([f"aesthetic={server.url}"], make.OUT, torch.device("cpu"), {})
+        with pytest.raises(model.UserError, match=f"{server.url}/models does not answer"):
+            loaded_rewards([f"aesthetic={server.url}"], make.OUT)
 
     with serve(None, models) as server:
         refused()
@@ -209,7 +212,7 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
 
     with serve(answer) as server:
         printed, failed = run_grpo(tmp_path, server.url, "--save-every", "0", run=start_script)
-        for words in (f"step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05", "8 x alignment: ValueError"):
+        for words in (f"step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05", "8 x alignment: ConnectionError"):
             assert failed and words in printed
         run = tmp_path / "runs" / "run"
         lines = (run / "log.jsonl").read_text().splitlines() if step else []
@@ -227,19 +230,19 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
 
 def test_scores_are_taken_in_the_order_of_the_rollout_whatever_the_order_they_come_in():
     """Three batches of two images by two rewards."""
-    futures = [[Future(), Future()] for _ in range(3)]
+    futures = [(2, [Future(), Future()]) for _ in range(3)]
     rows = [[[(10 * batch + image + 0.5 * k, "") for image in range(2)] for k in range(2)] for batch in range(3)]
     everything = [pair for batch in rows for pair in zip(*batch)]
     pending, arrived = list(futures), []
 
     def finish(*places):
         for batch, k in places:
-            futures[batch][k].set_result(rows[batch][k])
+            futures[batch][1][k].set_result(rows[batch][k])
 
     finish((0, 1), (2, 0), (0, 0))
     threading.Timer(0.5, finish, [(2, 1), (1, 1), (1, 0)]).start()
     await_scores(pending, arrived, 1)
-    assert arrived == everything[:2] and not futures[1][0].done()  # does not wait for more than it needs
+    assert arrived == everything[:2] and not futures[1][1][0].done()  # does not wait for more than it needs
     await_scores(pending, arrived, 3)
     assert arrived == everything[:4]
     await_scores(pending, arrived, 6)
@@ -261,8 +264,8 @@ def test_a_slow_reward_does_not_hold_up_another():
     rewards = [model.Reward(score.__name__, 0.5, "", score) for score in (slow, fast)]
     pools, arrived = [ThreadPoolExecutor(1) for _ in rewards], []  # as in grpo.py
     batch = [grey(0)] * 2, [model.Request("x")] * 2
-    futures = [[pool.submit(reward, *batch) for pool, reward in zip(pools, rewards)] for _ in range(3)]
-    assert futures[2][1].result(timeout=10) == [(2.0, "")] * 2 and not futures[0][0].done()
+    futures = [(2, [pool.submit(reward, *batch) for pool, reward in zip(pools, rewards)]) for _ in range(3)]
+    assert futures[2][1][1].result(timeout=10) == [(2.0, "")] * 2 and not futures[0][1][0].done()
     go.set()
     await_scores(futures, arrived, 6)
     assert arrived == [((1.0, ""), (2.0, ""))] * 6 and order == ["fast"] * 3 + ["slow"] * 3
@@ -280,10 +283,11 @@ def test_a_slow_reward_does_not_hold_up_another():
      [(math.nan, "mine: ValueError('no')"), (2.0, ""), (math.nan, "mine: TimeoutError()")]),
     (lambda *_: [1.0, 2.0], [(math.nan, "mine: ValueError('2 scores for 3 images')")] * 3),
     (lambda *_: None, [(math.nan, "mine: TypeError(\"object of type 'NoneType' has no len()\")")] * 3),
-    (lambda *_: 1 / 0, [(math.nan, "mine: ZeroDivisionError('division by zero')")] * 3)])
+    (lambda *_: sys.exit(3), [(math.nan, f"mine: SystemExit(3) at {__file__}:LINE")] * 3),
+    (lambda *_: 1 / 0, [(math.nan, f"mine: ZeroDivisionError('division by zero') at {__file__}:LINE")] * 3)])
 def test_every_outcome_of_a_reward_is_a_number_or_undefined_or_a_failure_with_its_reason(score, expected):
     found = model.Reward("mine", 1.0, "", score)([grey(0)] * 3, [model.Request("x")] * 3)
-    assert [why for _, why in found] == [why for _, why in expected] and all(type(value) is float for value, _ in found)
+    assert [re.sub(r":\d+$", ":LINE", why) for _, why in found] == [why for _, why in expected] and all(type(value) is float for value, _ in found)
     np.testing.assert_array_equal([value for value, _ in found], [value for value, _ in expected])
 
 
@@ -296,7 +300,7 @@ def test_an_odd_value_is_a_failure(odd):
 def test_a_missing_source_is_a_failure(tmp_path):
     reward = model.Reward("mine", 1.0, "", lambda images, prompts, sources: [1.0])
     ((score, why),) = reward([grey(0)], [model.Request("x", sources=(str(tmp_path / "gone.png"),))])
-    assert math.isnan(score) and why.startswith("mine: FileNotFoundError")
+    assert math.isnan(score) and why.startswith("mine: UserError") and "gone.png" in why
 
 
 # Eq. 13
@@ -401,9 +405,9 @@ def test_identity_tells_faces_of_the_tiny_world_apart():
 def test_identity_without_insightface_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface", None)
     monkeypatch.setitem(sys.modules, "insightface.app", None)
-    with pytest.raises(ImportError, match="pip install insightface onnxruntime.*identity=file.py:embed"):
-        model.load_rewards(["identity"], make.OUT, torch.device("cpu"), {})
-    (reward,) = model.load_rewards([f"identity={WORLD}:embed_faces"], make.OUT, torch.device("cpu"), {})
+    with pytest.raises(model.UserError, match="pip install insightface onnxruntime.*identity=file.py:embed"):
+        loaded_rewards(["identity"], make.OUT)
+    (reward,) = loaded_rewards([f"identity={WORLD}:embed_faces"], make.OUT)
     assert reward.score([face("red")], [""], [[face("red")]]) == [pytest.approx(1)]
 
 
@@ -412,7 +416,7 @@ def test_identity_without_insightface_says_what_to_install(monkeypatch):
 
 def load(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return model.load_rewards([str(path)], make.OUT, torch.device("cpu"), {})
+    return loaded_rewards([str(path)], make.OUT)
 
 
 def test_a_reward_file_gives_weights_per_category_ranges_and_sources_beside_it(tmp_path):
@@ -438,24 +442,28 @@ ONE = {"a": SOURCE | {"weight": 1}}
 
 
 @pytest.mark.parametrize("table, message", [
-    ({"rewards": {"a": SOURCE | {"weight": 0.5}, "b": SOURCE | {"weight": 0.4}}}, "rewards.json: rewards: .* a, b that sum to 1"),
-    ({"rewards": {"a": SOURCE | {"weight": 1.5}, "b": SOURCE | {"weight": -0.5}}}, "rewards: .* that sum to 1"),
-    ({"rewards": ONE, "categories": {"portrait": {"a": 0.5}}}, "rewards.json: portrait: .* that sum to 1"),
-    ({"rewards": ONE, "categories": {"portrait": {"b": 1}}}, "rewards.json: portrait: {'b': 1} must be weights of a "),
-    ({"rewards": {"a": ONE["a"] | {"rang": [0, 1]}}}, "rewards.json: unknown key rang"),
+    ({"rewards": {"a": SOURCE | {"weight": 0.5}, "b": SOURCE | {"weight": 0.4}}}, "rewards.json: rewards: the weights sum to 0.9, not to 1"),
+    ({"rewards": {"a": SOURCE | {"weight": 1.5}, "b": SOURCE | {"weight": -0.5}}}, "rewards: the weight of a is 1.5, want a number from 0"),
+    ({"rewards": {"a": SOURCE | {"weight": True}}}, "rewards: the weight of a is True, want a number"),
+    ({"rewards": {"a": SOURCE | {"weight": math.nan}}}, "rewards: the weight of a is nan, want a number"),
+    ({"rewards": ONE, "categories": {"portrait": {"a": 0.5}}}, "rewards.json: portrait: the weights sum to 0.5"),
+    ({"rewards": ONE, "categories": {"portrait": {"b": 1}}}, "rewards.json: portrait: there is no reward b"),
+    ({"rewards": {"a": ONE["a"] | {"rang": [0, 1]}}}, "rewards.json: reward a: unknown key rang"),
     ({"rewards": {"beauty": {"weight": 1}}}, "beauty: no such rubric"),
     ({"rewards": {"a": 1}}, "rewards.json: want "), ({"rewards": [1]}, "rewards.json: want "),
-    ({"rewards": {"a": ONE["a"] | {"weight": "1"}}}, "rewards.json: want "),
+    ({"rewards": {"a": ONE["a"] | {"weight": "1"}}}, "rewards.json: rewards: the weight of a is '1'"),
     ({"rewards": ONE, "categories": [1]}, "rewards.json: want "),
-    ({"rewards": {"a": ONE["a"] | {"range": 5}}}, "rewards.json: want "),
-    ({"rewards": {"a": ONE["a"] | {"range": [5, 1]}}}, "rewards.json: a range is two numbers"),
-    ({"rewards": {"a": ONE["a"] | {"range": [1, 2, 5]}}}, "rewards.json: a range is two numbers"),
+    ({"rewards": {"a": ONE["a"] | {"range": 5}}}, "rewards.json: the range of a is 5, want two numbers"),
+    ({"rewards": {"a": ONE["a"] | {"range": [5, 1]}}}, r"rewards.json: the range of a is \[5, 1\]"),
+    ({"rewards": {"a": ONE["a"] | {"range": [1, 2, 5]}}}, "rewards.json: the range of a is"),
+    ({"rewards": {"a": ONE["a"] | {"reasoning": "yes"}}}, 'reward a: "reasoning" is \'yes\', want a number of tokens'),
+    ({"rewards": {"a": {"weight": 1, "source": 5}}}, 'reward a: "source" is 5, want a string'),
     ({"rewards": {"a": {"weight": 1, "source": "mine.py"}}}, "want file.py:function"),
-    ({}, "rewards.json: rewards: "), ("{", "rewards.json: not JSON"), ("[]", "not a JSON object"),
+    ({}, "rewards.json: want "), ("{", "rewards.json: not JSON"), ("[]", "not a JSON object"),
     ({"rewards": ONE, "category": {"portrait": {"a": 1}}}, "rewards.json: unknown key category"),
-    ({"rewards": ONE | {"b": SOURCE}}, "rewards.json: rewards: .*'b': nan.* that sum to 1")])
+    ({"rewards": ONE | {"b": SOURCE}}, "rewards.json: rewards: the weight of b is None")])
 def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(model.UserError, match=message):
         load(tmp_path / "rewards.json", table)
 
 
@@ -463,15 +471,15 @@ def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
                                    ["rewards.json", "a={0}"]])
 def test_names_differ_and_a_reward_file_stands_alone(specs):
     specs = [str(ROOT / "tests/tiny" / spec) if spec.endswith(".json") else spec.format(SOURCE["source"]) for spec in specs]
-    with pytest.raises(ValueError, match="want different names, or one JSON file alone"):
-        model.load_rewards(specs, make.OUT, torch.device("cpu"), {})
+    with pytest.raises(model.UserError, match="want different names, or one JSON file alone"):
+        loaded_rewards(specs, make.OUT)
 
 
 @pytest.mark.skipif(not all((make.OUT / "rewards" / name).is_dir() for name in ("portrait", "instruction", "consistency")),
                     reason="these scorers are not made yet")
 @pytest.mark.parametrize("file", ["rewards.json", "rewards_edit.json"])
 def test_the_tiny_worlds_reward_files_load(file):
-    rewards = model.load_rewards([str(ROOT / "tests/tiny" / file)], make.OUT, torch.device("cpu"), {})
+    rewards = loaded_rewards([str(ROOT / "tests/tiny" / file)], make.OUT)
     assert len(rewards) == 3 and not any("zero-shot" in reward.source for reward in rewards)
     for reward in rewards:
         assert reward.name == "identity" or reward.score.rubric == model.RUBRICS[reward.name]

@@ -19,7 +19,7 @@ import make
 import model
 import train_reward
 import world
-from runs import printed_by, start_script
+from runs import loaded_rewards, printed_by, start_script
 from train_reward import Example, correlation, ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,14 +138,14 @@ def test_pairs_are_chosen_first_and_their_attributes_count(tmp_path):
 @pytest.mark.parametrize("line, message", [
     ({"prompt": "a"}, "want .*chosen"), ("not json", "want "), ("[1, 2]", "want "), ({"image": "x.png", "score": 3}, "want .*prompt"),
     ({"prompt": "a", "image": "x.png"}, "want .*score"), ({"prompt": "a", "chosen": "x.png"}, "want .*rejected"),
-    (SCORED | {"image": "none.png"}, "no picture .*none.png"), (SCORED | {"source": "none.png"}, "no picture .*none.png"),
+    (SCORED | {"image": "none.png"}, "there is no picture .*none.png"), (SCORED | {"source": "none.png"}, "there is no picture .*none.png"),
     (SCORED | {"score": 7}, "score 7 is not between 1 and 5"), (SCORED | {"score": 0.5}, "score 0.5 is not"),
     (SCORED | {"score": math.nan}, "score nan is not"), (SCORED | {"score": "good"}, "could not convert"),
-    (SCORED | {"score": {"quality": None}}, "want "), (SCORED | {"image": "data.jsonl"}, "cannot identify image file"),
+    (SCORED | {"score": {"quality": None}}, "want "), (SCORED | {"image": "data.jsonl"}, ".*data.jsonl: not a whole picture"),
     (SCORED | {"prompt": 5}, "want .*prompt and reasoning are strings"), (PAIR | {"reasoning": "so"}, "a pair has no reasoning"),
     (PAIR | {"attributes": {"ugly": True}}, "attributes are valid, text_distortion, figure_distortion")])
 def test_bad_lines_are_named(tmp_path, line, message):
-    with pytest.raises(ValueError, match=f"data.jsonl:2: {message}"):
+    with pytest.raises(model.UserError, match=f"data.jsonl:2: {message}"):
         train_reward.load_data(write(tmp_path, SCORED, line), "aesthetic")
 
 
@@ -153,7 +153,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
     ([], "holds nothing to learn from"), ([PAIR | {"attributes": {"valid": False}}], "holds nothing to learn from"),
     ([SCORED, PAIR], "mixes scored pictures and pairs"), ([SCORED, SCORED | {"reasoning": "red"}], "some lines have reasoning")])
 def test_bad_files_are_refused(tmp_path, records, message):
-    with pytest.raises(ValueError, match=f"data.jsonl.* {message}"):
+    with pytest.raises(model.UserError, match=f"data.jsonl.* {message}"):
         train_reward.load_data(write(tmp_path, *records), "aesthetic")
 
 
@@ -166,7 +166,7 @@ def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, monkeypa
     monkeypatch.setattr(train_reward, "setup", lambda: (0, 3, torch.device("cpu")))
     paths = ["--data", str(write(tmp_path, *records)), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["", "--reward", "aesthetic", *paths, "--batch", "3", *arguments])
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(model.UserError, match=message):
         train_reward.main()
     assert not (tmp_path / "out").exists()
 
@@ -248,7 +248,7 @@ def test_scores_that_are_not_single_tokens_are_refused():
         def __call__(self, text, add_special_tokens):
             return SimpleNamespace(input_ids=[ord(character) for character in f"{int(text):02d}"])
 
-    with pytest.raises(ValueError, match="odd: the scores 1-5 are not single tokens"):
+    with pytest.raises(model.UserError, match="odd: the scores 1-5 are not single tokens"):
         model.score_tokens(Tokenizer())
 
 
@@ -302,7 +302,7 @@ def test_trained_scorer_loads_and_scores_with_the_rubric_it_was_trained_on(nicen
     assert card(niceness)["rubrics"] == {"niceness": "How nice is this from 1 to 5? {prompt}"} and card(niceness)["reasoning"] == 0
     assert table["n"] == 48 and table["failed"] == 0 and table["srcc"] > 0.3 and table["mass"] > 0.9
     assert Image.open(niceness / "scatter.png").size == (720, 420)
-    (reward,) = model.load_rewards([f"niceness={niceness}"], make.OUT, torch.device("cpu"), {})
+    (reward,) = loaded_rewards([f"niceness={niceness}"], make.OUT)
     text = model.score_text(reward.score.processor.tokenizer, reward.score.rubric, "a red circle", 1, False)
     assert "How nice is this from 1 to 5? a red circle" in text and text.endswith("<|im_start|>assistant\n")
     rows = [row[0] for row in train_reward.load_data(SCORES, "niceness")[0]]
@@ -326,7 +326,7 @@ def test_pairs_teach_which_picture_is_better(tmp_path):
     held_out = card(tmp_path / "out")["held_out"]
     assert held_out["data.jsonl"]["n"] == 16 and held_out["data.jsonl"]["pair_accuracy"] > 0.9
     assert held_out["aesthetic.jsonl"]["n"] == 48 and "srcc" in held_out["aesthetic.jsonl"]
-    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.device("cpu"), {})
+    (reward,) = loaded_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT)
     images = [Image.open(example.pictures[0]) for row in train_reward.load_data(data, "aesthetic")[0] for example in row]
     scores = reward.score(images, ["a"] * 32, [[]] * 32)
     assert np.mean(np.subtract(scores[0::2], scores[1::2])) > 1
@@ -343,7 +343,7 @@ def test_reasoning_is_learnt_and_read_before_the_score(tmp_path):
     printed = run(tmp_path / "out", "--reward", "aesthetic", "--data", data, "--eval-data", data, "--steps", 100, "--batch", 8,
                   "--pixels", 64 * 64, "--lr", 3e-3)
     assert "with reasoning" in printed and 16 < card(tmp_path / "out")["reasoning"] < 64
-    (reward,) = model.load_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT, torch.device("cpu"), {})
+    (reward,) = loaded_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT)
     scores, masses, thoughts = zip(*reward.score.read(images, ["a"] * 8, [[]] * 8))
     assert sum(thought == line["reasoning"] + "\n" for thought, line in zip(thoughts, lines)) >= 7
     assert sum(abs(score - line["score"]) < 0.5 for score, line in zip(scores, lines)) >= 7 and min(masses) > 0.5
@@ -380,9 +380,9 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
         assert one.keys() == two.keys() and len(one) >= len(base)
         one, two = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (one, two))
         assert (one - two).norm() <= bar * one.norm()
-    with pytest.raises(ValueError, match="was started with other values of --lr"):
+    with pytest.raises(model.UserError, match="was started with other values of --lr"):
         run(tmp_path / "1", *arguments, "--resume", "--lr", 9)
-    with pytest.raises(FileNotFoundError, match="--resume: there is no .*nothing.part"):
+    with pytest.raises(model.UserError, match="--resume: there is no .*nothing.part"):
         run(tmp_path / "nothing", *arguments, "--resume")
     run(tmp_path / "1", *arguments, "--resume", "--offload")
     run(tmp_path / "whole", *arguments)
@@ -417,8 +417,8 @@ def test_any_qwen_vl_can_be_trained_on_several_rewards_and_edits(tmp_path, proce
         "--data", data, "--eval-data", data, "--steps", 2, "--batch", 4, "--pixels", 64 * 64)
     assert card(tmp_path / "out")["rubrics"] == {name: model.RUBRICS[name] for name in ("consistency", "instruction")}
     assert card(tmp_path / "out")["held_out"]["data.jsonl"]["n"] == 4
-    rewards = model.load_rewards([f"{name}={tmp_path / 'out'}" for name in names], make.OUT, torch.device("cpu"), vlms := {})
-    assert len(vlms) == 1 and type(rewards[0].score.vlm).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    rewards = loaded_rewards([f"{name}={tmp_path / 'out'}" for name in names], make.OUT)
+    assert len(model.local_vlms(rewards)) == 1 and type(rewards[0].score.vlm).__name__ == "Qwen2_5_VLForConditionalGeneration"
     picture = Image.open(tmp_path / "x.png")
     for reward in rewards:
         assert reward.score.rubric == model.RUBRICS[reward.name]
@@ -438,30 +438,30 @@ def test_reward_sources(tmp_path, niceness):
     (tmp_path / "rewards" / "shared").mkdir(parents=True)
     (tmp_path / "rewards" / "shared" / "reward.json").write_text('{"weights": "../niceness"}')
     (tmp_path / "rewards" / "niceness").symlink_to(niceness)
-    rewards = model.load_rewards(["niceness", "shared", f"other={niceness}", f"oracle={ORACLE}"], tmp_path, torch.device("cpu"), vlms := {})
-    assert [reward.weight for reward in rewards] == [1 / 4] * 4 and list(vlms) == [niceness.resolve()]
-    assert all(r.score.vlm is vlms[niceness.resolve()] and r.score.rubric.startswith("How nice") for r in rewards[:3])
-    with pytest.raises(ValueError, match="no such rubric"):
-        model.load_rewards(["beauty"], tmp_path, torch.device("cpu"), {})
-    with pytest.raises(FileNotFoundError, match="no file nowhere.py"):
-        model.load_rewards(["x=nowhere.py:f"], tmp_path, torch.device("cpu"), {})
-    with pytest.raises(AttributeError, match="no function missing"):
-        model.load_rewards([f"x={ORACLE.partition(':')[0]}:missing"], tmp_path, torch.device("cpu"), {})
+    rewards = loaded_rewards(["niceness", "shared", f"other={niceness}", f"oracle={ORACLE}"], tmp_path)
+    assert [reward.weight for reward in rewards] == [1 / 4] * 4 and len(model.local_vlms(rewards)) == 1
+    assert all(str(niceness.resolve()) in r.source and r.score.rubric.startswith("How nice") for r in rewards[:3])
+    with pytest.raises(model.UserError, match="no such rubric"):
+        loaded_rewards(["beauty"], tmp_path)
+    with pytest.raises(model.UserError, match="no file nowhere.py"):
+        loaded_rewards(["x=nowhere.py:f"], tmp_path)
+    with pytest.raises(model.UserError, match="no function missing"):
+        loaded_rewards([f"x={ORACLE.partition(':')[0]}:missing"], tmp_path)
 
 
 def test_text_encoder_judges_zero_shot_when_there_is_no_trained_model(tmp_path):
     for path in make.OUT.iterdir():
         if path.name != "rewards":
             (tmp_path / path.name).symlink_to(path)
-    reward, other = model.load_rewards(["aesthetic", "alignment"], tmp_path, torch.device("cpu"), vlms := {})
-    assert "zero-shot" in reward.source and reward.score.vlm is other.score.vlm and len(vlms) == 1
+    reward, other = loaded_rewards(["aesthetic", "alignment"], tmp_path)
+    assert "zero-shot" in reward.source and reward.score.vlm is other.score.vlm
     (score,) = reward.score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]])
     assert isinstance(score, ValueError) and "of the probability is on the scores 1-5" in str(score)  # the tiny one cannot judge
 
 
 def test_judges_come_back_as_they_left(niceness):
-    rewards = model.load_rewards([f"a={niceness}", f"b={niceness}"], make.OUT, torch.device("cpu"), vlms := {})
-    (vlm,), size = vlms.values(), model.vlm_bytes(rewards)
+    rewards = loaded_rewards([f"a={niceness}", f"b={niceness}"], make.OUT)
+    (vlm,), size = model.local_vlms(rewards), model.vlm_bytes(rewards)
     before = [(x, x.clone()) for x in (*vlm.parameters(), *vlm.buffers())]
     (score,) = rewards[0].score([world.draw(world.sample_scene(np.random.default_rng(0)))], ["a red circle"], [[]])
     for _ in range(2):
@@ -475,7 +475,8 @@ def test_judges_come_back_as_they_left(niceness):
 HALVES = """
 import sys, torch, torch.distributed as dist, model
 rank, world, device = model.setup()
-rewards = model.load_rewards(["x=" + sys.argv[1]], model.Path(sys.argv[2]), device, {})
+rewards = model.load_rewards(["x=" + sys.argv[1]], model.Path(sys.argv[2]))
+model.load_vlms(rewards, device)
 vlm = rewards[0].score.vlm
 before = {name: x.clone() for name, x in (*vlm.named_parameters(), *vlm.named_buffers())}
 model.unseat_judges(rewards)
@@ -547,7 +548,7 @@ def scored(fresh):
     @functools.cache
     def score(name, part):
         prompts, images, sources = zip(*((row[0], row[1], list(row[2:])) for row in fresh[KINDS[name]][part]))
-        (reward,) = model.load_rewards([name], make.OUT, torch.device("cpu"), {})
+        (reward,) = loaded_rewards([name], make.OUT)
         scores = reward.score(images, prompts, sources)
         truth = getattr(world, f"{name}_reward")(images, prompts, sources)
         valid = [i for i, found in enumerate(scores) if not isinstance(found, Exception)]
@@ -604,7 +605,7 @@ def test_the_alignment_scorer_says_what_is_in_the_picture(fresh):
     seen = [objects(world.describe(world.read(image))) for _, image in rows]
     clear = [i for i, things in enumerate(seen) if not any("unclear" in thing for thing in things)]
     prompts, images = zip(*(rows[i] for i in clear))
-    (reward,) = model.load_rewards(["alignment"], make.OUT, torch.device("cpu"), {})
+    (reward,) = loaded_rewards(["alignment"], make.OUT)
     answers = reward.score.read(images, prompts, [[]] * len(images))
     said, seen = [objects(thought or "") for _, _, thought in answers], [seen[i] for i in clear]
     right = np.array([a == b for a, b in zip(said, seen)])

@@ -385,7 +385,7 @@ def base_samples(prompts, per_prompt, seed, sources=None):
     """[(prompt, image)] of the base model, each prompt at one of several guidance scales; `sources`: a source path for each."""
     vae = model.load_vae(OUT, "cpu", torch.float32)
     requests = {i: model.Request(prompt, sources=(sources[i],) if sources else ()) for i, prompt in enumerate(prompts)}
-    encoded = model.encode_prompts(OUT, vae, requests, 64 * 64, torch.device("cpu"))
+    encoded = model.encode_prompts(OUT, vae, requests, (4, 4), torch.device("cpu"))
     flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
     sampler, samples = model.Sampler(flow, graphs=False), []
     t = model.timesteps(SCHEDULER, 16, sample_sigmas=INDEX["sample_sigmas"])

@@ -587,6 +587,10 @@ def consistency_reward(images: Images, prompts: list[str], sources: list[Images]
     return [1 + 4 * preserved(image, prompt, before[0]) for image, prompt, before in zip(images, prompts, sources, strict=True)]
 
 
+aesthetic_reward.range = portrait_reward.range = alignment_reward.range = instruction_reward.range = consistency_reward.range = 1, 5
+strict_reward.range = 0, 1
+
+
 def _alignments(images: Images, prompts: list[str], sources: list[Images] | None) -> list[tuple[bool, float]]:
     firsts = [source[0] if source else None for source in sources] if sources else [None] * len(images)
     return [alignment(*args) for args in zip(images, prompts, firsts, strict=True)]
