@@ -5,7 +5,7 @@
     python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: an hour
     python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 45 minutes
     python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both tasks: an hour
-    python tests/reproduce.py objective      # Eq. 6: weights and number of the trained steps, KL: 80 minutes
+    python tests/reproduce.py objective      # Eq. 6: weights and number of the trained steps, noise, KL: two hours
     python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps, GRPO and NFT: an hour
 
 Trainings of strategies, objective, opd and the several rewards of nft run side by side, one for every core.
@@ -307,11 +307,12 @@ def strategy_table(records, labels, guidances):
     return lines
 
 
+# kappa_t sqrt(D) of the four steps is 4.8 (rms), and by so much gradient and spread of the printed ratio exceed the default's
+PRINTED = ["--printed-ratio", "--kl-coef", "1.25", "--clip-eps", "0.075", "--grad-clip", "5"]
 OBJECTIVES = {  # {(trained on, what differs from the default): flags}
-    ("strict", "default"): [], ("strict", "--kl-coef 0.1"): ["--kl-coef", "0.1"], ("aesthetic", "default"): [],
-    # kappa_t sqrt(D) of the four steps is 4.8 (rms), and by so much gradient and spread of the ratio exceed the default's
-    ("aesthetic", "--printed-ratio"): ["--printed-ratio", "--kl-coef", "1.25", "--clip-eps", "0.075", "--grad-clip", "5"],
-    ("aesthetic", "--train-timesteps all"): ["--train-timesteps", "all"]}
+    (reward, label): flags for reward in ("strict", "aesthetic") for label, flags in {
+        "default": [], "--printed-ratio": PRINTED, "--train-timesteps all": ["--train-timesteps", "all"],
+        "--noise-level 1.2": ["--noise-level", "1.2"]}.items()} | {("strict", "--kl-coef 0.1"): ["--kl-coef", "0.1"]}
 
 
 def objective_name(reward, kind, seed):
@@ -330,8 +331,8 @@ def objective_drawing(reward, kind, seed):
 
 
 def objective():
-    """grpo.py's default against the weights that Eq. 6 as printed gives the steps and against all steps, on the VLM's aesthetic reward;
-    against a smaller KL on the oracle's strict one; held-out prompts drawn by the ODE."""
+    """grpo.py's default against the weights that Eq. 6 as printed gives the steps, all steps and more noise, on the VLM's aesthetic reward
+    and on the oracle's strict one; there against a smaller KL too; held-out prompts drawn by the ODE."""
     cases = [(*kind, seed) for kind in OBJECTIVES for seed in range(SEEDS)]
     side_by_side([objective_training(*case) for case in cases])
     side_by_side([objective_drawing(*case) for case in [("base", "", 0), *cases]])
