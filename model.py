@@ -1481,9 +1481,10 @@ def wants_records(score):
 
 
 def raised_at(error):
-    """" at FILE:LINE" of an exception that is not from this file."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return "" if frame.filename == __file__ else f" at {frame.filename}:{frame.lineno}"
+    """" at FILE:LINE" where the user's code was when an exception came."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename != __file__ and not frame.filename.startswith((sys.prefix, "<"))]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def expected_score(logits, tokens):

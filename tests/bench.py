@@ -5,6 +5,7 @@
     python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
     python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
     python tests/bench.py judges       # what computing in bf16 does to the tiny scorers
+    python tests/bench.py servers      # a run whose remote reward hangs, dies, restarts, is slow or refuses: what it says, and when: 12 minutes
     python tests/bench.py gradient     # what each trained step adds to GRPO's gradient
     python tests/bench.py noise        # what its stochastic steps cost the pictures of a rollout
     python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an iteration, on paper
@@ -13,12 +14,15 @@ What is compared runs interleaved in one process; tables give medians.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -251,6 +255,53 @@ def bench_judges(count=256):
             print(f"{name:<12}{head:<6}{len(set(scores)):>17}{error.mean():>12.4f}{error.max():>9.4f}")
 
 
+# ---- servers -------------------------------------------------------------------------------------------------
+
+
+def bench_servers():
+    """grpo.py, six steps of 32 images in four batches, with a remote reward that changes in the third step."""
+    from judge_server import serve
+    from test_rewards import answered
+    flags = ["--prompts-per-step", "4", "--rollout-batch", "8", "--eval-images", "0", "--sample-every", "0", "--steps", "6", "--name", "run"]
+    cases = {"answers": None, "refuses (HTTP 401)": (401, b'{"error": "a key is missing"}'), "takes 2 s": 2, "restarts within 60 s": 60,
+             "is gone": math.inf, "hangs": 1e6}
+    print("| from the third step on the server | seconds | return code | steps | what is printed |\n|---|---|---|---|---|")
+    for name, fault in cases.items():
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+            def answer(number, text, pictures, body):
+                if number < 64 or fault is None or name.startswith(("restarts", "is gone")):
+                    return answered(pictures[0])
+                if isinstance(fault, tuple):
+                    return fault
+                done.wait(fault)
+                return answered(pictures[0])
+
+            done, first = threading.Event(), contextlib.ExitStack()
+            server = first.enter_context(serve(answer))
+            process = subprocess.Popen([sys.executable, "-u", ROOT / "grpo.py", "--reward", f"aesthetic={server.url}", *flags], cwd=folder,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            printed = []
+            reader = threading.Thread(target=lambda: printed.extend(process.stdout))
+            reader.start()
+            while len(server.asked) < 64 and process.poll() is None:
+                time.sleep(0.01)
+            began = time.perf_counter()
+            if name.startswith(("restarts", "is gone")):
+                first.close()
+                if fault < math.inf:
+                    time.sleep(fault)
+                    servers.enter_context(serve(answer, port=server.server_port))
+            process.wait()
+            seconds = time.perf_counter() - began
+            done.set()
+            reader.join()
+            first.close()
+            log = Path(folder) / "runs" / "run" / "log.jsonl"
+            steps = len(log.read_text().splitlines()) if log.exists() else 0
+            said = [line.strip() for line in printed if line.startswith(("reward aesthetic: http", "grpo.py: ", "  ", "torchrun", "python "))]
+            print(f"| {name} | {seconds:.0f} | {process.returncode} | {steps} | {'; '.join(said)} |", flush=True)
+
+
 # ---- the real size -------------------------------------------------------------------------------------------
 
 
@@ -391,7 +442,7 @@ def bench_noise(levels=(0, 0.7, 1.2), group=12):
         print(f"| {level or 'ODE'} | {' | '.join(cells)} |")
 
 
-BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges,
+BENCHES = {"sampler": bench_sampler, "prefix": bench_prefix, "growth": bench_growth, "rewards": bench_rewards, "judges": bench_judges, "servers": bench_servers,
            "gradient": bench_gradient, "noise": bench_noise}
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(answer, models=(200, b'{"object": "list", "data": [{"id": "judge", "object": "model"}]}')):
+def serve(answer, models=(200, b'{"object": "list", "data": [{"id": "judge", "object": "model"}]}'), port=0):
     """Serve `answer(number, text, pictures, body)` -> a choice, (status, bytes) or HANG_UP; `asked` are the requests so far."""
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     server.answer, server.models, server.asked, server.lock = answer, models, [], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

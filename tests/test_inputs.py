@@ -270,6 +270,29 @@ def test_pictures_of_nan_are_refused():
         model.to_images(torch.full((1, 4, 32, 32), torch.nan))
 
 
+@pytest.mark.parametrize("font", [True, False])
+def test_captions_that_the_font_lacks(tmp_path, monkeypatch, font):
+    """Chinese in the system's font, or in a text file beside the picture."""
+    from PIL import ImageFont
+
+    truetype = ImageFont.truetype
+    monkeypatch.setattr(model, "WIDE_FONTS", ("missing.ttc", "chinese.ttc") if font else ("missing.ttc",))
+    monkeypatch.setattr(ImageFont, "truetype", lambda name, *size, **more: ImageFont.load_default(*size) if name == "chinese.ttc" else
+                        truetype(name, *size, **more))
+    image = Image.new("RGB", (96, 96))
+    model.image_grid_png(tmp_path / "grid.png", [("a red circle", image), ("红色的圆", image)])
+    assert (tmp_path / "grid.txt").exists() == (not font)
+    if not font:
+        assert (tmp_path / "grid.txt").read_text(encoding="utf-8") == "#1 a red circle\n#2 红色的圆\n"
+
+
+def test_an_edit_of_another_aspect_is_said(folder, tmp_path, capsys):
+    Image.new("RGB", (64, 128)).save(tmp_path / "tall.png")
+    vae = model.load_vae(MODEL, torch.device("cpu"), torch.float32)
+    model.encode_prompts(MODEL, vae, {0: model.Request("make it red", sources=(str(tmp_path / "tall.png"),))}, (4, 4), torch.device("cpu"))
+    assert "1 edits have a source of another aspect than their output, which is 64x64 for all" in capsys.readouterr().out
+
+
 # Control tokens
 
 

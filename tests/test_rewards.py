@@ -168,6 +168,83 @@ def test_a_server_that_is_not_there_or_of_another_kind_is_an_error_at_once(patie
     refused()  # now nobody is there
 
 
+def ask(scorer, count=1):
+    return model.Reward("nice", 1.0, "", scorer)([grey(level) for level in range(count)], [model.Request("x")] * count)
+
+
+def test_a_server_that_answers_nothing_is_given_up(monkeypatch, patient, capsys):
+    """40 pictures to a server that hangs: two time-outs long, not forty; the next batch looks first, and finds it back."""
+    monkeypatch.setattr(model.RemoteScorer, "TIMEOUT", 0.5)
+    done = threading.Event()
+
+    def answer(number, text, pictures, body):
+        if not done.wait(0 if number >= 40 else 20):
+            done.wait(20)
+        return answered(pictures[0])
+
+    with serve(answer) as server:
+        scorer, began = model.RemoteScorer("nice", server.url, "Nice?"), time.monotonic()
+        found = ask(scorer, 40)
+        assert time.monotonic() - began < 3 and len(server.asked) <= 2 * scorer.CONCURRENCY
+        assert all("TimeoutError" in why for _, why in found) and "not asked, as" in found[-1][1]
+        assert capsys.readouterr().err.count(f"reward nice: {server.url} has not answered for 0.5 s") == 1
+        done.set()
+        assert [why for _, why in ask(scorer, 3)] == [""] * 3
+
+
+def test_a_server_that_restarts_is_waited_for(monkeypatch, patient, capsys):
+    monkeypatch.setattr(model.RemoteScorer, "AWAY", 20)
+    with serve(lambda number, text, pictures, body: answered(pictures[0])) as server:
+        scorer, port = model.RemoteScorer("nice", server.url, "Nice?"), server.server_port
+    back = threading.Thread(target=lambda: (time.sleep(1), found.append(list(again.__enter__().asked))))
+    found, again = [], serve(lambda number, text, pictures, body: answered(pictures[0]), port=port)
+    back.start()
+    assert [why for _, why in ask(scorer, 3)] == [""] * 3
+    back.join()
+    again.__exit__(None, None, None)
+    assert "is not there (connection refused); waiting up to 20 s for it" in capsys.readouterr().err
+
+
+def test_no_proxy_stands_before_this_machine(monkeypatch, patient):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with serve(lambda number, text, pictures, body: answered(pictures[0])) as server:
+        assert ask(model.RemoteScorer("nice", server.url, "Nice?")) == [(pytest.approx(score_of(grey(0)), abs=1e-4), "")]
+
+
+def test_one_of_several_models_is_chosen_by_name(patient):
+    models = 200, json.dumps({"data": [{"id": "rewards/nice"}, {"id": "judge"}]}).encode()
+    with serve(lambda number, text, pictures, body: answered(pictures[0]), models) as server:
+        assert model.RemoteScorer("nice", server.url).model == "rewards/nice"
+        assert model.RemoteScorer("x", server.url, model="judge").model == "judge"
+        for name, wanted in (("beauty", None), ("nice", "other")):
+            with pytest.raises(model.UserError, match='serves rewards/nice, judge: say which is reward .* with "model" in a reward file'):
+                model.RemoteScorer(name, server.url, model=wanted)
+
+
+def test_a_served_directory_brings_its_card(tmp_path, patient):
+    """What train_reward.py wrote beside the VLM, where the server names a directory that is on this machine."""
+    (tmp_path / "reward.json").write_text(json.dumps({"rubrics": {"nice": "How nice is {prompt}?"}, "reasoning": 40}))
+    models = 200, json.dumps({"data": [{"id": str(tmp_path)}]}).encode()
+    with serve(None, models) as server:
+        (reward,) = model.load_rewards([f"x={server.url}"], make.OUT)
+    assert reward.score.rubric == "How nice is {prompt}?" and reward.score.reasoning == 40
+
+
+@pytest.mark.parametrize("path, code, remedy", [
+    ("/v1", 401, "OPENAI_API_KEY_NICE or OPENAI_API_KEY"), ("", 404, "the address of vLLM and SGLang ends in /v1"), ("/v1", 404, "HTTP 404")])
+def test_a_refusal_names_its_remedy(patient, path, code, remedy):
+    with serve(None, (code, b'{"error": "no"}')) as server:
+        with pytest.raises(model.UserError, match=f"HTTP {code}.*{remedy}" if path != "/v1" or code != 404 else remedy):
+            model.RemoteScorer("nice", server.url.removesuffix("/v1") + path)
+
+
+def test_a_reward_has_its_own_key(monkeypatch, patient):
+    monkeypatch.setenv("OPENAI_API_KEY", "all")
+    monkeypatch.setenv("OPENAI_API_KEY_NICE", "mine")
+    with serve(None) as server:
+        assert [model.RemoteScorer(name, server.url).key for name in ("nice", "other")] == ["mine", "all"]
+
+
 # grpo.py with a remote reward
 
 
@@ -289,6 +366,29 @@ def test_every_outcome_of_a_reward_is_a_number_or_undefined_or_a_failure_with_it
     found = model.Reward("mine", 1.0, "", score)([grey(0)] * 3, [model.Request("x")] * 3)
     assert [re.sub(r":\d+$", ":LINE", why) for _, why in found] == [why for _, why in expected] and all(type(value) is float for value, _ in found)
     np.testing.assert_array_equal([value for value, _ in found], [value for value, _ in expected])
+
+
+def test_a_function_may_ask_for_records_and_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("FACTOR = 2\n")
+    (tmp_path / "asks.py").write_text("from neighbour_of_mine import FACTOR\n"
+                                      "def score(images, prompts, sources, records):\n"
+                                      "    return [FACTOR * record['answer'] for record in records]\nscore.range = 0, 10\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": 4}\n')
+    (reward,) = model.load_rewards([f"mine={tmp_path / 'asks.py'}:score"], make.OUT)
+    assert reward([grey(0)] * 2, model.load_prompts(tmp_path / "p.jsonl")) == [(3.0, ""), (8.0, "")] and reward.range == (0, 10)
+
+
+def test_the_first_error_of_a_function_keeps_its_traceback(capsys):
+    reward = model.Reward("mine", 1.0, "", lambda *_: 1 / 0)
+    for _ in range(3):
+        reward([grey(0)], [model.Request("x")])
+    assert capsys.readouterr().err.count("ZeroDivisionError: division by zero") == 1
+
+
+def test_weights_of_categories_that_no_prompt_has_are_said(capsys):
+    reward = model.Reward("mine", 0.5, "", None, categories={"portrait": 0.5, "potrait": 1.0})
+    model.check_rewards([reward], [model.Request("x", "portrait")])
+    assert "reward weights for potrait: no prompt is of such a category" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("odd", ["much", [4.0], {}, object(), 10**400, 1e300])

@@ -1,4 +1,4 @@
-"""What both policy optimizers promise: resume, kill -9, SIGTERM, other rank counts, full disks, updates that are not finite, the
+"""What both policy optimizers promise: resume, kill -9, Ctrl-C, two runs of one name, other rank counts, full disks, updates that are not finite, the
 three CFG strategies, timestep selection, mixed tasks."""
 
 import json
@@ -195,6 +195,19 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, tmp_pa
     assert (tmp_path / "runs/run/checkpoint/step-000003").is_dir()
     run_script(tmp_path, *arguments)
     assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
+
+
+def test_few_prompts_and_one_held_out(tmp_path, capsys):
+    """Fewer prompts than a step usually takes; a table of one prompt has no interval and valid JSON; a constant reward is said."""
+    (tmp_path / "three.txt").write_text("a red circle\na blue square\na green star\n")
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    (tmp_path / "same.py").write_text("def same(images, prompts, sources):\n    return [3] * len(images)\n")
+    printed = printed_by(tmp_path, "grpo.py", "--reward", "r=same.py:same", "--prompts", "three.txt", "--eval-prompts", "one.txt", "--steps", "1",
+                         "--group-size", "2", "--eval-images", "2", "--name", "run")
+    assert "2 prompts x 2 images" in printed and "+0.000   too few prompts, n = 1" in printed
+    assert "step 0: in every group the scores are all equal or missing" in capsys.readouterr().err + printed
+    table = json.loads((tmp_path / "runs/run/eval.json").read_text(), parse_constant=pytest.fail)
+    assert table["rewards"]["r"]["interval"] is None
 
 
 SPOIL = """
