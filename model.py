@@ -28,6 +28,7 @@ import base64
 import codecs
 import contextlib
 import difflib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -2337,15 +2338,17 @@ class UserError(Exception):
 
 
 def command_line(main):
-    """A script's main as a process. A UserError ends it with code 2 and its message, once for all ranks; any other exception is a bug
-    and keeps its traceback."""
+    """A script's main as a process. A UserError or a full disk ends it with code 2 and a message, once for all ranks; any other exception
+    is a bug and keeps its traceback."""
     code = 0
     try:
         main()
         gc.collect()  # no FSDP module may outlive the process group
         if dist.is_initialized():
             dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         code = 2
         if is_first(str(error)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -2452,6 +2455,11 @@ def resume_command(args, where):
     """What continues a run: `where` are the flags that name it."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     return f"{f'torchrun --nproc_per_node={ranks}' if ranks else 'python'} {sys.argv[0]} --resume {where}"
+
+
+def stopping():
+    """Whether some rank was asked to stop. All ranks call."""
+    return sum(all_gather_list([int(STOP.is_set())])) > 0
 
 
 def stopped(args, step, where):

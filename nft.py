@@ -42,7 +42,8 @@ from model import (
     longest_prefix, materialise, matmul_peak, new_transformer, open_run, own_rows, park, parse_run,
     plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients, release, report,
     resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
-    stop_at_once, stop_gently, stopped, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
+    stop_at_once, stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes,
+    write_log)
 import torch
 from tqdm import tqdm
 
@@ -420,7 +421,7 @@ def main(argv=None):
         wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
         if cuda:
             sampler.drop()  # the updates need the memory
-        if any(all_gather_list([STOP.is_set()])):  # nothing of this step has been trained
+        if stopping():  # nothing of this step has been trained
             if step > start:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
             return stopped(args, step, f"--name {run.name}")

@@ -34,8 +34,8 @@ from model import (
     load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, open_run,
     own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_config, read_log,
     reduce_gradients, release, report, resume_command, sample, sampling_settings, save_checkpoint, save_model,
-    seat_judges, setup, shard, stop_at_once, stop_gently, stopped, tiny_prompts, vlm_bytes, weight_bytes,
-    write_log)
+    seat_judges, setup, shard, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, vlm_bytes,
+    weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -320,7 +320,7 @@ def main(argv=None):
 
         if cuda:
             sampler.drop()  # the updates need the memory
-        if any(all_gather_list([STOP.is_set()])):  # nothing of this step has been trained
+        if stopping():  # nothing of this step has been trained
             if step > start:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer)
             return stopped(args, step, f"--name {run.name}")

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -298,7 +299,7 @@ def bench_servers():
             first.close()
             log = Path(folder) / "runs" / "run" / "log.jsonl"
             steps = len(log.read_text().splitlines()) if log.exists() else 0
-            said = [line.strip() for line in printed if line.startswith(("reward aesthetic: http", "grpo.py: ", "  ", "torchrun", "python "))]
+            said = [line.strip() for line in printed if re.match(r"reward aesthetic: http|grpo.py: |python |  \d+ x ", line)]
             print(f"| {name} | {seconds:.0f} | {process.returncode} | {steps} | {'; '.join(said)} |", flush=True)
 
 

@@ -230,6 +230,9 @@ def test_a_user_error_is_a_line_and_a_bug_a_traceback(folder, processes):
         assert code == 2 and len(printed.splitlines()) == 1
         printed, code = start_script(folder, code="import model\nmodel.command_line(lambda: 1 / 0)")
         assert code == 1 and "Traceback" in printed and "ZeroDivisionError" in printed
+        full = "import errno, model\nmodel.command_line(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left', 'log.jsonl')))"
+        printed, code = start_script(folder, code=full)
+        assert code == 2 and printed.endswith("[Errno 28] No space left: 'log.jsonl'\n") and "Traceback" not in printed
 
 
 # Pictures

@@ -23,7 +23,7 @@ LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest
 def small(command):
     """A documented command with small settings on the tiny model; None where it cannot be run here."""
     command = command.split("&&")[-1].strip()
-    if not command or command.startswith(NOT_RUN) or any(part in command for part in LONG):
+    if not command or command.startswith((*NOT_RUN, "PROMPTS=")) or any(part in command for part in LONG):
         return None
     words = shlex.split(command)
     if words[0] == "torchrun":
@@ -31,7 +31,8 @@ def small(command):
         words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
     elif words[0] == "python":
         words[0] = sys.executable
-    for flag, values in (("--model", 1), ("--size", 2)) if "Qwen/" in command else ():  # no hub here, and the tiny model's size
+    strange = (("--model", 1), ("--size", 2), ("--prompts", 1), ("--eval-prompts", 1), ("$PROMPTS", 0)) if "Qwen/" in command else ()
+    for flag, values in strange:  # no hub here, and the tiny model's size and prompts
         at = words.index(flag) if flag in words else len(words)
         del words[at:at + 1 + values]
     script = next(word for word in words if word.endswith(".py"))

@@ -391,6 +391,23 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
     assert not (tmp_path / "1" / "checkpoint").exists() and not (tmp_path / "1.part").exists()
 
 
+def test_ctrl_c_saves_and_the_printed_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reward, "stop_gently", lambda rank: model.STOP.set())
+    printed = run(tmp_path / "out", *FOUR_STEPS)
+    monkeypatch.undo()
+    model.STOP.clear()
+    assert f"stopped after 1 of 4 steps; continue: python {sys.argv[0]} --resume --out {tmp_path / 'out'}" in printed
+    printed = printed_by(tmp_path, "train_reward.py", "--resume", "--out", tmp_path / "out")
+    assert f"wrote {tmp_path / 'out'}" in printed and '"aesthetic": {"weight": 1.0, "source": "http://HOST:8000/v1", "rubric": "Rate' in printed
+
+
+def test_a_divergence_stops_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reward, "pointwise_loss", lambda score, y: (score * math.nan).sum())
+    with pytest.raises(model.UserError, match="step 0: the loss is nan and the gradient's norm nan; start again with a lower --lr"):
+        run(tmp_path / "out", *FOUR_STEPS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_frozen_vision_stays_and_the_language_model_moves(tmp_path):
     run(tmp_path / "out", *FOUR_STEPS, "--steps", 2, "--lr", 1e-2, "--freeze-vision")
     base, trained = load_file(make.OUT / "text_encoder" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

@@ -49,7 +49,7 @@ def scorer(request, tmp_path_factory):
         lines.append({"prompt": "make it white", "source": f"{i}-before.png", "image": f"{i}-after.png", "score": 1 + 4 * after / 255} | thought)
     (folder / "scores.jsonl").write_text("\n".join(map(json.dumps, lines)))
     printed_by(folder, "train_reward.py", "--base", "base", "--processor", PROCESSOR, "--reward", "instruction", "--data", "scores.jsonl",
-               "--out", "scorer", "--steps", 300, "--batch", 16)
+               "--out", "scorer", "--steps", 200, "--batch", 16)
     return folder / "scorer"
 
 
@@ -59,7 +59,7 @@ def server(scorer):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [VLLM, "serve", scorer, "--port", port, "--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 16]
+    command = [VLLM, "serve", scorer, "--port", port, "--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 16, "--enforce-eager"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(scorer.parent / "vllm.log", "w") as log:
         process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment, start_new_session=True)
