@@ -53,6 +53,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1593,10 +1594,11 @@ class RemoteScorer:
         self.key = os.environ.get(f"OPENAI_API_KEY_{name.upper()}") or os.environ.get("OPENAI_API_KEY", "none")
         here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy leads back to this machine
-        self.pool, self.silent, self.told = ThreadPoolExecutor(self.CONCURRENCY), 0, set()
+        self.pool, self.silent, self.away, self.told = ThreadPoolExecutor(self.CONCURRENCY), 0, None, set()
         try:
             served = [entry["id"] for entry in self.request("/models")["data"]]
-            assert served, "it serves no model"
+            if not served:
+                raise ValueError("it serves no model")
         except Exception as error:
             raise UserError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from None
         named = [model] if model else served if len(served) == 1 else [each for each in served if Path(each).name == name]
@@ -1639,23 +1641,25 @@ class RemoteScorer:
         """The server's JSON. One that is away is waited for; overload and garbage are tried again; time-outs and refusals are not."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url + path, body and json.dumps(body).encode(), headers)
-        began, tries, faults = time.monotonic(), 0, []
+        timeout, tries, faults = self.TIMEOUT if body else min(self.TIMEOUT, 15), 0, []
         while True:
             try:
-                with self.opener.open(request, timeout=self.TIMEOUT) as reply:
+                with self.opener.open(request, timeout=timeout) as reply:
                     answer = json.load(reply)
-                self.silent = 0
+                self.silent, self.away = 0, None
                 return answer
             except Exception as error:
                 fault, words = self.fault(error)
                 faults.append(words)
             if fault == "silent":
                 self.silent += 1
-                self.tell(f"{self.url} has not answered for {self.TIMEOUT} s")
+                self.tell(f"{self.url} has not answered for {timeout} s")
             elif fault == "away":
+                self.away = self.away or time.monotonic()  # since when; it is waited for once, whoever asks
                 self.tell(f"{self.url} is not there ({words}); waiting up to {self.AWAY} s for it")
             tries += fault == "again"
-            hopeful = fault == "away" and time.monotonic() - began < self.AWAY or fault == "again" and tries <= self.RETRIES
+            back = fault == "away" and time.monotonic() < (self.away or math.inf) + self.AWAY
+            hopeful = back or fault == "again" and tries <= self.RETRIES
             if STOP.is_set() or not hopeful:
                 raise ConnectionError("; at last ".join(dict.fromkeys((faults[0], words))))
             STOP.wait(self.PAUSE if fault == "away" else 0.5 * 2**tries * (1 + random.random()))
@@ -1664,7 +1668,7 @@ class RemoteScorer:
         """What to do about an error ("away": wait, "again": try again, "silent" or "final": give up), and what it is, with its remedy."""
         error = error.reason if isinstance(getattr(error, "reason", None), Exception) else error
         if isinstance(error, TimeoutError):
-            return "silent", f"TimeoutError: no answer within {self.TIMEOUT} s"
+            return "silent", "TimeoutError: no answer in time"
         if isinstance(error, ConnectionRefusedError):
             return "away", "connection refused"
         if isinstance(error, socket.gaierror):
@@ -2543,6 +2547,70 @@ def open_run(args, specs, rank):
     return run
 
 
+class Clock:
+    """Seconds of the phases of a step; a phase ends when the GPU has done what was asked of it."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.began = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name], self.began = now - self.began, now
+
+
+def synchronize(device):
+    """Wait for what was asked of a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class HeldOut:
+    """Held-out prompts, shared out over the ranks and drawn by the ODE with fixed noise: the same pictures for the same weights.
+
+    requests [Request] of all ranks; ids those of this rank; encoded {("heldout", id): prompts} of these; batch images at once.
+    """
+
+    SHOWN = 24  # of them in grids
+
+    def __init__(self, requests, ids, encoded, sampler, vae, grid, t, seed, batch):
+        self.requests, self.ids, self.encoded, self.sampler, self.vae = requests, ids, encoded, sampler, vae
+        self.grid, self.t, self.seed, self.batch = grid, t, seed, batch
+
+    def images(self, ids, number, cfg):
+        """[(id, image)] of `number` images for each prompt, by what is in the sampler's network."""
+        keys = [(0, ("heldout", i), n) for i in ids for n in range(number)]
+        ode = torch.zeros(len(self.t) - 1)
+        batches = generate(self.sampler, self.vae, self.encoded, keys, self.grid, self.t, ode, cfg, self.seed, self.batch)
+        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+
+    def gather(self, values):
+        """[(id, value)] of all ranks -> the values in the order of the prompt file."""
+        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+
+    def shown(self, images):
+        """[(prompt, image)] of all ranks, from [(id, image)] of this one."""
+        return self.gather([(i, (self.requests[i].prompt, image)) for i, image in images])
+
+    def save_grid(self, path, cfg):
+        """A picture of the first prompts. All ranks call, rank 0 writes."""
+        shown = self.shown(self.images([i for i in self.ids if i < self.SHOWN], 1, cfg))
+        if dist.get_rank() == 0:
+            image_grid_png(path, shown)
+
+    def scores(self, rewards, number, cfg):
+        """Scores by all rewards (K, prompts, number), NaN where there is none, and [(prompt, its first image)]. All ranks call."""
+        images = self.images(self.ids, number, cfg)
+        found = [reward([image for _, image in images], [self.requests[i] for i, _ in images]) for reward in rewards]
+        failed = Counter(why for row in found for _, why in row if why)
+        for why, count in failed.most_common(3):
+            print(f"held-out scores that failed: {count} x {why}")
+        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
+        scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)                              # (prompts, K, number)
+        scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
+        return scores, self.shown(images[::number])
+
+
 def check_disk(folder, network, bytes_each):
     """Refuse to begin what could not be saved on the disk of `folder`: two checkpoints, the last one and the next, of so many bytes per
     parameter of the network, and the model in bf16."""
@@ -2587,6 +2655,28 @@ def read_log(path, steps):
         path.rename(path.with_name("log.old.jsonl"))
         print(f"{path.parent}: there is no checkpoint, so it starts again from step 0; the log so far is log.old.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if steps else []
+
+
+def describe_run(run, args, policy, device, images, requests, heldout):
+    """The header's first lines, on rank 0. images: those of a step, in words."""
+    size = sum(param.numel() for param in policy.parameters())
+    print(f"{run}: {size:,} parameters on {dist.get_world_size()} x {device.type}; {images} a step")
+    print(f"prompts: {args.prompts} ({len(requests)}); held out: {args.eval_prompts} ({len(heldout)})")
+
+
+def describe_rewards(rewards):
+    for reward in rewards:
+        weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
+        print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
+
+
+def speed_record(seconds, images, flops, peak, device):
+    """A log line's figures of speed and memory. seconds {phase: seconds}; images, and flops of the model, by all ranks; peak FLOP/s of one."""
+    total, cuda = sum(seconds.values()), device.type == "cuda"
+    return {
+        "seconds": seconds, "images_per_second": images / total, "mfu": flops / (total * peak * dist.get_world_size()),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None}
 
 
 def write_log(path, log, new):

@@ -32,18 +32,19 @@ import time
 from collections import Counter
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 from model import (
-    FAILED, STOP, UNDEFINED, ArgumentParser, Job, Sampler, UserError, VLMScorer, all_gather_list,
-    backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype,
-    create_shared, detach_prefix, directory_name, encode_prompts, fill, find_model, forward_flops,
-    free_memory, generate, guidance_source, guided_velocity, image_generator, image_grid_png, image_side,
-    keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, load_weights,
-    longest_prefix, materialise, matmul_peak, new_transformer, open_run, own_rows, park, parse_run,
-    plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients, release, report,
-    resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
-    stop_at_once, stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes,
-    write_log)
+    FAILED, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, VLMScorer,
+    all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks,
+    compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix, directory_name,
+    encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
+    image_generator, image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts,
+    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak,
+    new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
+    rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
+    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
+    stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 CPU = torch.device("cpu")
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
 SAVED_BYTES = 16  # of a checkpoint, per parameter: weights, old policy and Adam's moments in fp32
-STOPPED = "not waited for"
+LEFT_OUT = "not waited for"
 LR = 5e-6  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # what --resume may change
@@ -145,27 +146,60 @@ def trained_steps(spec, total):
 # ---- 3. rewards and advantage (same in grpo, nft) ------------------------------------------------------------
 
 
-def await_scores(futures, arrived, count):
-    """Wait until `count` images of the rollout, in its order, have `arrived` with their K (score, why); returns the seconds. futures: per
-    batch its number of images and what each reward will say of them; once STOP is set, what is not there is left out."""
-    start = time.perf_counter()
-    while len(arrived) < count:
-        images, asked = futures.pop(0)
-        while wait(asked, timeout=0.2).not_done and not STOP.is_set():
-            pass
-        arrived.extend(zip(*(future.result() if future.done() else [(FAILED, STOPPED)] * images for future in asked)))
-    return time.perf_counter() - start
+class StepScores:
+    """The scores of a step's images, which come in while the step goes on. P groups of G images, those of this rank.
 
+    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that were spent waiting.
+    """
 
-def check_failures(step, reasons, asked, limit):
-    """Over all ranks: whether some left scores out because of STOP, and the reasons, counted, if more than a share `limit` of the scores
-    that a step `asked` for failed, else None."""
-    parts = all_gather_list([(reasons, asked)])
-    reasons, scores = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
-    if sum(reasons.values()) <= limit * scores:
-        return STOPPED in reasons, None
-    table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-    return STOPPED in reasons, f"step {step}: {reasons.total()} of {scores} scores failed, --max-reward-failures is {limit:g}:{table}"
+    def __init__(self, rewards, requests, group_size):
+        self.rewards, self.group_size = rewards, group_size
+        self.weights = torch.tensor([[reward.weigh(request) for request in requests] for reward in rewards])
+        self.weights = self.weights.float()                                                                  # w_k     (K, P)
+        self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)                       # R_k     (K, P, G)
+        self.advantage = self.weights.new_zeros(len(requests), group_size)                                   # A       (P, G)
+        self.pending, self.arrived, self.seconds = [], [], 0.0
+
+    def ask(self, pools, images, requests):
+        """Have the next images of the rollout scored in the background, a thread for each reward."""
+        futures = [pool.submit(reward, images, requests) for pool, reward in zip(pools, self.rewards)]
+        self.pending.append((len(images), futures))
+
+    def wait_for_local(self):
+        """Until the VLMs on this machine are done."""
+        wait([future for _, futures in self.pending for future, reward in zip(futures, self.rewards)
+              if isinstance(reward.score, VLMScorer)])
+
+    def wait_for(self, count):
+        """Until the first `count` images have their K (score, why); once STOP is set, what is not there is left out."""
+        began = time.perf_counter()
+        while len(self.arrived) < count:
+            images, futures = self.pending.pop(0)
+            while wait(futures, timeout=0.2).not_done and not STOP.is_set():
+                pass
+            answers = [future.result() if future.done() else [(FAILED, LEFT_OUT)] * images for future in futures]
+            self.arrived += zip(*answers)
+        self.seconds += time.perf_counter() - began
+
+    def group(self, p):
+        """A (G,) of group p, once its own scores are there."""
+        first, last = p * self.group_size, (p + 1) * self.group_size
+        self.wait_for(last)
+        self.scores[:, p] = torch.tensor([[score for score, _ in row] for row in self.arrived[first:last]]).T
+        self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])                       # Eq. 4, 13
+        return self.advantage[p]
+
+    def failures(self, limit):
+        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons, counted, if more than a share `limit`
+        of the scores failed, else None."""
+        self.wait_for(self.advantage.numel())
+        self.reasons = Counter(why for row in self.arrived for _, why in row if why)
+        parts = all_gather_list([(self.reasons, (self.weights > 0).sum().item() * self.group_size)])
+        reasons, asked = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
+        if reasons.total() <= limit * asked:
+            return LEFT_OUT in reasons, None
+        table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
+        return LEFT_OUT in reasons, f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
 
 
 def group_advantage(scores, weights):
@@ -244,6 +278,11 @@ def kl_loss(v, v_ref):
 # ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
 
 
+DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was applied. "
+            "See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, with a lower --lr, or from "
+            "the checkpoint before if you remove this one")
+
+
 def apply_update(policy, optimizer, loss, grad_clip):
     """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
     release(policy)
@@ -285,12 +324,13 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-    # ---- 8. rewards, memory, models --------------------------------------------------------------------------
+    # ---- 8. schedule, memory, models -------------------------------------------------------------------------
     load_vlms(rewards + judges, device)
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
     adv_max = max(1, G - 1) ** 0.5 if args.adv_max is None else args.adv_max
     pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+    scale = world / (P * G * args.draws / U)  # sum over rows -> mean over the update; FSDP averages over ranks
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
     pair = longest_prefix(encoded, 1 + (cfg != 1))
     checkpointing = cuda if args.checkpointing is None else args.checkpointing
@@ -315,6 +355,31 @@ def main(argv=None):
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
     sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
+    pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
+    pools, peak = reward_threads(rewards, device), matmul_peak(device)
+    create_shared(run / "samples")
+    if rank == 0:
+        images = f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}"
+        describe_run(run, args, policy, device, images, requests, heldout)
+        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); "
+              f"trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}, "
+              f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
+        describe_rewards(rewards)
+
+    # ---- 9. the parts of a step ------------------------------------------------------------------------------
+    def rows(states, group, micro):
+        """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
+        d, g = map(list, zip(*micro))
+        return [part[d, g] for part in states[group]]
+
+    def roll_out(step, ids, scores):
+        """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised again, group by group."""
+        images, kept = [(step, i, g) for i in ids for g in range(G)], []
+        for chunk, decoded, states in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
+            kept.append(states[T][0])
+            scores.ask(pools, decoded, [requests[i] for _, i, _ in chunk])
+        x0 = torch.cat(kept).unflatten(0, (len(ids), G))                                                     # (groups, G, N, C)
+        return [noised(x0[group], step, i) for group, i in enumerate(ids)]
 
     def noised(x0, step, i):
         """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G, 1, 1)."""
@@ -324,30 +389,9 @@ def main(argv=None):
         t_rows = t[drawn][..., None, None].to(device)
         return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                            # Eq. 1
 
-    def rows(states, group, micro):
-        """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
-        d, g = map(list, zip(*micro))
-        return [part[d, g] for part in states[group]]
-
-    # ---- 9. header, reward threads, frozen velocities (same in grpo, nft) ------------------------------------
-    pools = reward_threads(rewards, device)
-    peak = matmul_peak(device)
-    create_shared(run / "samples")
-    if rank == 0:
-        size = sum(param.numel() for param in policy.parameters())
-        print(f"{run}: {size:,} parameters on {world} x {device.type}; "
-              f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"prompts: {args.prompts} ({len(requests)}); held out: {args.eval_prompts} ({len(heldout)})")
-        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); "
-              f"trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}, "
-              f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
-        for reward in rewards:
-            weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
-            print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")
-
     @torch.no_grad()
     def frozen_velocities(ids, states):
-        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v}."""
+        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N, C)}."""
         velocities = {}
         for group, i in enumerate(ids):
             prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
@@ -356,160 +400,121 @@ def main(argv=None):
                 velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
         return velocities
 
-    # ---- 10. held-out pictures (same in grpo, nft, opd) ------------------------------------------------------
-    def heldout_images(ids, number, cfg):
-        """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
-        images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
-        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(T), cfg, args.seed, batch)
-        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+    def train_group(group, prompts, states, advantage, v_old, v_ref, sums):
+        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and shifts to `sums`."""
+        prefixes = [policy.prefix([prompt], grid) for prompt in prompts]
+        leaves = [*map(detach_prefix, prefixes)]
+        for m, micro in enumerate(micro_batches):
+            x, v_target, t_rows = rows(states, group, micro)
+            r = optimality(advantage[[g for _, g in micro]], adv_max).to(device)                             # (B,)
+            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                               # (B, N, C)
+            loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
+            sums.loss += loss.detach()
+            sums.shifts.append((v.detach() - v_old[group, m]).pow(2).mean())
+            if reference:
+                penalty = kl_loss(v, v_ref[group, m])
+                sums.kl += penalty.detach()
+                loss = loss + args.kl_coef * penalty
+            (loss * scale).backward()
+        backward_prefixes(prefixes, leaves)
 
-    def gather_by_prompt(values):
-        """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
-        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+    def statistics(sums):
+        """What is logged of an update."""
+        return {"loss": sums.loss.item() * scale, "kl": sums.kl.item() * scale,
+                "velocity_shift": torch.stack(sums.shifts).mean().sqrt().item()}
 
-    def heldout_scores(number, cfg):
-        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
-        images = heldout_images(eval_ids, number, cfg)
-        found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
-        failed = Counter(why for row in found for _, why in row if why)
-        for why, count in failed.most_common(3):
-            print(f"held-out scores that failed: {count} x {why}")
-        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
-        scores = scores.view(len(found), len(eval_ids), number).transpose(0, 1)                              # (prompts, K, number)
-        scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
-        return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
+    def leave(step, trouble=None):
+        """End before a step: stopped, or because its scores cannot be trusted."""
+        if step > start:
+            save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
+        if trouble:
+            raise UserError(f"step {step}: {trouble}\n{resume_command(args, f'--name {run.name}')}")
+        stopped(args, step, f"--name {run.name}")
 
-    # ---- 11. train -------------------------------------------------------------------------------------------
+    # ---- 10. train -------------------------------------------------------------------------------------------
     log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
     stop_gently(rank)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             fill(slot, own_rows(policy))
-            shown = heldout_images([i for i in eval_ids if i < 24], 1, cfg)
-            shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
-            if rank == 0:
-                image_grid_png(run / "samples" / f"{step:06d}.png", shown)
-        clock = time.perf_counter()
+            pictures.save_grid(run / "samples" / f"{step:06d}.png", cfg)
+        ids, clock = shares[step], Clock(device)
 
-        # rollout, guided, by the old policy; a decoded batch is scored in the background from here on
+        # roll out by the old policy; a decoded batch is scored in the background from here on
         fill(slot, old)
-        ids = shares[step]
         seat_judges(rewards, device)
-        images, states, futures, arrived = [(step, i, g) for i in ids for g in range(G)], [], [], []
-        for chunk, pictures, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
-            states.append(kept)
-            asked = [requests[i] for _, i, _ in chunk]
-            futures.append((len(chunk), [pool.submit(reward, pictures, asked) for pool, reward in zip(pools, rewards)]))
-        x0 = torch.cat([kept[T][0] for kept in states]).unflatten(0, (len(ids), G))                             # (groups, G, N, C)
-        states = [noised(x0[group], step, i) for group, i in enumerate(ids)]
-        cuda and torch.cuda.synchronize()
-        rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        scores = StepScores(rewards, [requests[i] for i in ids], G)
+        states = roll_out(step, ids, scores)
+        clock.lap("rollout")
 
         # frozen velocities, before the first update
         v_old, v_ref = frozen_velocities(ids, states), {}
         if reference:
             fill(slot, reference)
             v_ref = frozen_velocities(ids, states)
-        cuda and torch.cuda.synchronize()
-        frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        clock.lap("frozen")
 
         # local judges leave before training; other rewards are waited for group by group
-        wait([future for _, row in futures for future, reward in zip(row, rewards) if isinstance(reward.score, VLMScorer)])
+        scores.wait_for_local()
         if not memory.judges_stay:
             unseat_judges(rewards)
-        wait_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        clock.lap("reward_wait")
         if cuda:
             sampler.drop()  # the updates need the memory
         if stopping():  # nothing of this step has been trained
-            if step > start:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
-            return stopped(args, step, f"--name {run.name}")
+            return leave(step)
 
         # updates, each on its own groups
-        shifts, losses, penalties, norms, waited_seconds, skipped = [], [], [], [], 0.0, 0
-        weights = torch.tensor([[reward.weigh(requests[i]) for i in ids] for reward in rewards], dtype=torch.float32)
-        scores, advantage = weights.new_empty(*weights.shape, G), weights.new_empty(len(ids), G)             # (K, groups, G)
-        groups = len(ids) // U
-        scale = world / (P * G * args.draws / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+        updates, groups = [], len(ids) // U
         for update in range(U):
             keep_gathered(policy, memory.gathered, memory.once)
-            shift, total, kl = [], torch.zeros((), device=device), torch.zeros((), device=device)
-            for group in range(update * groups, (update + 1) * groups):
-                waited_seconds += await_scores(futures, arrived, (group + 1) * G)
-                scores[:, group] = torch.tensor([[score for score, _ in row] for row in arrived[group * G:(group + 1) * G]]).T
-                advantage[group] = group_advantage(scores[:, [group]], weights[:, [group]])                  # Eq. 4, 13
-                prefixes = [policy.prefix([prompt], grid) for prompt in encoded[ids[group]][:branches]]
-                leaves = [*map(detach_prefix, prefixes)]
-                for m, micro in enumerate(micro_batches):
-                    x, v_target, t_rows = rows(states, group, micro)
-                    r = optimality(advantage[group, [g for _, g in micro]], adv_max).to(device)              # (B,)
-                    v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                       # (B, N, C)
-                    loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
-                    total += loss.detach()
-                    if reference:
-                        penalty = kl_loss(v, v_ref[group, m])
-                        loss, kl = loss + args.kl_coef * penalty, kl + penalty.detach()
-                        del penalty  # its graph holds the prefix's leaves
-                    shift.append((v.detach() - v_old[group, m]).pow(2).mean())
-                    (loss * scale).backward()
-                backward_prefixes(prefixes, leaves)
-                del prefixes, leaves, v, loss  # the next group's prefix must not stand beside this one
+            sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device), shifts=[])
+            own = range(update * groups, (update + 1) * groups)
+            for group in own:
+                train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old, v_ref, sums)
             if memory.once:
                 reduce_gradients(policy)
             if update == 0:  # nothing is trained on a step that cannot be trusted
-                waited_seconds += await_scores(futures, arrived, len(images))
-                reasons = Counter(why for row in arrived for _, why in row if why)
-                left, trouble = check_failures(step, reasons, (weights > 0).sum().item() * G, args.max_reward_failures)
-                if (left or trouble) and step > start:
-                    save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
-                if left:
-                    return stopped(args, step, f"--name {run.name}")
-                if trouble:
-                    raise UserError(f"{trouble}\n{resume_command(args, f'--name {run.name}')}")
-            norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
-            bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
+                left, trouble = scores.failures(args.max_reward_failures)
+                if left or trouble:
+                    return leave(step, None if left else trouble)
+            norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
+            bad = 0 if stepped else bad + 1
             if bad == BAD_UPDATES:
                 save_checkpoint(run / "checkpoint", step, policy, optimizer, old, keep=True)
-                raise UserError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
-                                f"applied. See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, "
-                                "with a lower --lr, or from the checkpoint before if you remove this one")
-            shifts.append(torch.stack(shift).mean().sqrt().item())
-            losses.append(total.item() * scale)
-            penalties.append(kl.item() * scale)
-            norms.append(norm)
+                raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
+            updates.append(statistics(sums) | {"grad_norm": norm, "skipped": not stepped})
         decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
         for row, new in zip(old, own_rows(policy)):
             row.copy_(row.to(device).lerp_(new.to(device), 1 - decay))  # on the GPU: the host takes seconds for the 7B
-        cuda and torch.cuda.synchronize()
-        train_seconds = time.perf_counter() - clock - waited_seconds
+        clock.lap("train")
 
         # one line a step
-        work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-        work *= G * (T * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
-        seconds = {"rollout": rollout_seconds, "frozen": frozen_seconds, "reward_wait": wait_seconds + waited_seconds,
-                   "train": train_seconds}
+        flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
+        flops *= G * (T * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
+        seconds = clock.seconds
+        seconds["reward_wait"], seconds["train"] = seconds["reward_wait"] + scores.seconds, seconds["train"] - scores.seconds
+        each = {name: [update[name] for update in updates] for name in updates[0]}
         parts = all_gather_list([{
-            "scores": scores, "weights": weights, "advantage": advantage, "reasons": reasons, "work": work, "stop": STOP.is_set(),
-            "mean": {"loss": losses, "kl": penalties, "velocity_shift": shifts}, "max": {}}])
-        record = step_record(parts, rewards)
-        log.append({"step": step, **record, "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds,
-                    "images_per_second": P * G / sum(seconds.values()),
-                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None})
-        if record["constant_groups"] == 1 and rank == 0:
-            tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
+            "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage, "reasons": scores.reasons,
+            "mean": {name: each[name] for name in ("loss", "kl", "velocity_shift")}, "max": {},
+            "flops": flops, "stop": STOP.is_set()}])
+        record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
+        log.append({"step": step, **record, "grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
+                    **speed_record(seconds, P * G, flops, peak, device)})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
             line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
-        bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1]["reward"].items()})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
+        if record["constant_groups"] == 1 and rank == 0:
+            tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
         ending = any(part["stop"] for part in parts)
-        if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
         if ending:
-            return stopped(args, step + 1, f"--name {run.name}")
+            return leave(step + 1)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
@@ -518,20 +523,20 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-    # ---- 12. done (same in grpo, nft) ------------------------------------------------------------------------
+    # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
         seat_judges(rewards + judges, device)
         load_weights(slot, root / "transformer")
-        before, pictures_before = heldout_scores(number, cfg)
+        before, pictures_before = pictures.scores(rewards + judges, number, cfg)
         fill(slot, own_rows(policy))
-        after, pictures_after = heldout_scores(number, cfg)
+        after, pictures_after = pictures.scores(rewards + judges, number, cfg)
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN], pictures_after[:pictures.SHOWN])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

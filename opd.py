@@ -22,20 +22,20 @@ Differs from the paper:
 import argparse
 import math
 import time
-from collections import Counter
 from typing import NamedTuple
 from pathlib import Path
+from types import SimpleNamespace
 
 from model import (
-    STOP, ArgumentParser, Job, Sampler, UserError, all_gather_list, backward_prefixes, bounded, check_disk,
-    check_rewards, command_line, compile_blocks, compute_dtype, create_shared, detach_prefix, directory_name,
-    encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
-    image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, new_transformer, open_run,
-    own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_config, read_log,
-    reduce_gradients, release, report, resume_command, sample, sampling_settings, save_checkpoint, save_model,
-    seat_judges, setup, shard, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, vlm_bytes,
-    weight_bytes, write_log)
+    STOP, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, all_gather_list, backward_prefixes,
+    bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype, create_shared,
+    describe_run, detach_prefix, directory_name, encode_prompts, fill, find_model, forward_flops, free_memory,
+    guidance_source, guided_velocity, image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint,
+    load_prompts, load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak,
+    new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
+    rank_share, read_config, read_log, reduce_gradients, release, report, resume_command, sample,
+    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
+    stop_gently, stopped, stopping, synchronize, tiny_prompts, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -161,6 +161,11 @@ def opd_loss(v, v_teacher, weight):
 # ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
 
 
+DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was applied. "
+            "See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, with a lower --lr, or from "
+            "the checkpoint before if you remove this one")
+
+
 def apply_update(policy, optimizer, loss, grad_clip):
     """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
     release(policy)
@@ -193,7 +198,7 @@ def main(argv=None):
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
     roots = teacher_roots(args.teacher, requests, args.prompts)
-    rewards, judges = [], load_rewards(args.judge, root)
+    judges = load_rewards(args.judge, root)
     check_rewards(judges, heldout)
     run = open_run(args, args.teacher, rank)
     check_disk(run, policy, SAVED_BYTES * bool(args.save_every))
@@ -203,6 +208,7 @@ def main(argv=None):
 
     # ---- 8. rewards, memory, models --------------------------------------------------------------------------
     load_vlms(judges, device)
+    scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
     weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                         # (T,)
     pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
@@ -235,23 +241,26 @@ def main(argv=None):
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
     sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
-
-    def rows(states, group, micro):
-        """x (B, N, C) and t (B,) of a micro-batch."""
-        return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
-
-    # ---- 9. header, teacher velocities -----------------------------------------------------------------------
+    pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
     peak = matmul_peak(device)
     create_shared(run / "samples")
     if rank == 0:
-        size = sum(param.numel() for param in policy.parameters())
-        print(f"{run}: {size:,} parameters on {world} x {device.type}; "
-              f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]} a step")
-        print(f"prompts: {args.prompts} ({len(requests)}); held out: {args.eval_prompts} ({len(heldout)})")
+        describe_run(run, args, policy, device, f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}", requests, heldout)
         print(f"sampler: {T} steps, unguided student; trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
         for task, teacher in teachers.items():
             print(f"teacher {task}: guidance {teacher.cfg:g} "
                   f"({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')}); {roots[task]}")
+
+    # ---- 9. the parts of a step ------------------------------------------------------------------------------
+    def rows(states, group, micro):
+        """x (B, N, C) and t (B,) of a micro-batch."""
+        return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
+
+    def roll_out(step, ids):
+        """The student's own unguided trajectory, {k: x (groups, G, N, C)} of the trained steps; nothing is decoded."""
+        images = [(step, i, g) for i in ids for g in range(G)]
+        states = [kept for *_, kept in sample(sampler, encoded, images, grid, t, torch.zeros(T), 1.0, args.seed, batch, trained)]
+        return {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}
 
     @torch.no_grad()
     def teacher_velocities(task, ids, states):
@@ -263,127 +272,95 @@ def main(argv=None):
                 velocities[group, m] = guided_velocity(slot, *rows(states, group, micro), *prefixes, cfg=cfg)
         return velocities
 
-    # ---- 10. held-out pictures (same in grpo, nft, opd) ------------------------------------------------------
-    def heldout_images(ids, number, cfg):
-        """[(prompt id, image)] of held-out prompts by the ODE with fixed noise: the same pictures for the same weights."""
-        images = [(0, ("heldout", i), n) for i in ids for n in range(number)]
-        batches = generate(sampler, vae, encoded, images, grid, t, torch.zeros(T), cfg, args.seed, batch)
-        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+    def train_group(group, prompt, states, v_teacher, sums):
+        """Add the gradients of one prompt's images to what there is, and losses and errors to `sums`."""
+        prefix = policy.prefix([prompt], grid)
+        leaves = detach_prefix(prefix)
+        for m, micro in enumerate(micro_batches):
+            v = policy.velocity(*rows(states, group, micro), leaves)                                         # (B, N, C) unguided
+            loss, error = opd_loss(v, v_teacher[group, m], weight[[k for k, _ in micro]])
+            sums.errors.append(error)
+            sums.loss += loss.detach()
+            (loss * scale).backward()
+        backward_prefixes([prefix], [leaves])
 
-    def gather_by_prompt(values):
-        """[(held-out id, value)] of all ranks -> the values in the order of the prompt file."""
-        return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
+    def leave(step):
+        """End before a step."""
+        if step > start:
+            save_checkpoint(run / "checkpoint", step, policy, optimizer)
+        stopped(args, step, f"--name {run.name}")
 
-    def heldout_scores(number, cfg):
-        """Scores by all rewards and judges, (K, prompts, number), and the first picture of each prompt."""
-        images = heldout_images(eval_ids, number, cfg)
-        found = [reward([image for _, image in images], [heldout[i] for i, _ in images]) for reward in rewards + judges]
-        failed = Counter(why for row in found for _, why in row if why)
-        for why, count in failed.most_common(3):
-            print(f"held-out scores that failed: {count} x {why}")
-        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
-        scores = scores.view(len(found), len(eval_ids), number).transpose(0, 1)                              # (prompts, K, number)
-        scores = torch.tensor(gather_by_prompt(list(zip(eval_ids, scores.tolist())))).transpose(0, 1)
-        return scores, gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in images[::number]])
-
-    # ---- 11. train -------------------------------------------------------------------------------------------
+    # ---- 10. train -------------------------------------------------------------------------------------------
     log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
     stop_gently(rank)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         fill(slot, own_rows(policy))
         if args.sample_every and step % args.sample_every == 0:
-            shown = heldout_images([i for i in eval_ids if i < 24], 1, 1.0)
-            shown = gather_by_prompt([(i, (heldout[i].prompt, image)) for i, image in shown])
-            if rank == 0:
-                image_grid_png(run / "samples" / f"{step:06d}.png", shown)
-        clock = time.perf_counter()
+            pictures.save_grid(run / "samples" / f"{step:06d}.png", 1.0)
+        ids, clock = shares[step], Clock(device)
 
-        # rollout: the student's own unguided trajectory; nothing is decoded
-        ids = shares[step]
-        images = [(step, i, g) for i in ids for g in range(G)]
-        states = [kept for *_, kept in sample(sampler, encoded, images, grid, t, torch.zeros(T), 1.0, args.seed, batch, trained)]
-        states = {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}   # (groups, G, N, C)
-        cuda and torch.cuda.synchronize()
-        rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        # roll out by the student
+        states = roll_out(step, ids)
+        clock.lap("rollout")
 
         # the teachers take the slot in turn; every rank loads those that any rank needs
         v_teacher, swap_seconds = {}, 0.0
         for task in sorted({requests[i].task for i in prompt_ids(step, len(requests), P, args.seed)}, reverse=True):
-            swap = time.perf_counter()
+            began = time.perf_counter()
             fill(slot, teachers[task].rows)
-            cuda and torch.cuda.synchronize()
-            swap_seconds += time.perf_counter() - swap
+            synchronize(device)
+            swap_seconds += time.perf_counter() - began
             v_teacher |= teacher_velocities(task, ids, states)
-        cuda and torch.cuda.synchronize()
-        frozen_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-
+        clock.lap("teachers")
         if cuda:
             sampler.drop()  # the updates need the memory
         if stopping():  # nothing of this step has been trained
-            if step > start:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer)
-            return stopped(args, step, f"--name {run.name}")
+            return leave(step)
 
         # updates, each on its own groups
-        errors, losses, norms, skipped = [], [], [], 0
-        groups = len(ids) // U
-        scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+        errors, losses, norms, skipped, groups = [], [], [], 0, len(ids) // U
         for update in range(U):
             keep_gathered(policy, memory.gathered, memory.once)
-            total = torch.zeros((), device=device)
+            sums = SimpleNamespace(loss=torch.zeros((), device=device), errors=errors)
             for group in range(update * groups, (update + 1) * groups):
-                prefix = policy.prefix([encoded[ids[group]][0]], grid)
-                leaves = detach_prefix(prefix)
-                for m, micro in enumerate(micro_batches):
-                    v = policy.velocity(*rows(states, group, micro), leaves)                                 # (B, N, C) unguided
-                    loss, error = opd_loss(v, v_teacher[group, m], weight[[k for k, _ in micro]])
-                    errors.append(error)
-                    total += loss.detach()
-                    (loss * scale).backward()
-                backward_prefixes([prefix], [leaves])
-                del prefix, leaves, v, loss  # the next group's prefix must not stand beside this one
+                train_group(group, encoded[ids[group]][0], states, v_teacher, sums)
             if memory.once:
                 reduce_gradients(policy)
-            norm, stepped = apply_update(policy, optimizer, total, args.grad_clip)
+            norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
             bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
             if bad == BAD_UPDATES:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer, None, keep=True)
-                raise UserError(f"step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
-                                f"applied. See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, "
-                                "with a lower --lr, or from the checkpoint before if you remove this one")
-            losses.append(total.item() * scale)
+                save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
+                raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
+            losses.append(sums.loss.item() * scale)
             norms.append(norm)
-        cuda and torch.cuda.synchronize()
-        train_seconds = time.perf_counter() - clock
+        clock.lap("train")
 
         # one line a step
-        work = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
+        flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
         guided = sum(forward_flops(config, tokens, encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
-        work = G * ((T + 3 * len(trained)) * work + len(trained) * guided)
-        seconds = {"rollout": rollout_seconds, "teachers": frozen_seconds - swap_seconds, "swap": swap_seconds, "train": train_seconds}
+        flops = G * ((T + 3 * len(trained)) * flops + len(trained) * guided)
+        seconds = {"rollout": clock.seconds["rollout"], "teachers": clock.seconds["teachers"] - swap_seconds, "swap": swap_seconds,
+                   "train": clock.seconds["train"]}
         error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
-        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "work": work, "stop": STOP.is_set(),
-                                  "loss": losses}])
+        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "loss": losses, "flops": flops,
+                                  "stop": STOP.is_set()}])
         found = [pair for part in parts for pair in part["error"]]
         by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
         log.append({"step": step, "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))], "velocity_error": by_task,
-                    "grad_norm": norms, "skipped_updates": skipped, "seconds": seconds, 
-                    "images_per_second": P * G / sum(seconds.values()),
-                    "mfu": sum(part["work"] for part in parts) / (sum(seconds.values()) * peak * world),
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None})
+                    "grad_norm": norms, "skipped_updates": skipped,
+                    **speed_record(seconds, P * G, sum(part["flops"] for part in parts), peak, device)})
         if rank == 0:
             write_log(run / "log.jsonl", log, new=step == start)
             curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained)) for line in log
                              if line["velocity_error"][task]] for task in teachers}
             line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states", "step")
-        bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
+            bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
         ending = any(part["stop"] for part in parts)
-        if ending or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
         if ending:
-            return stopped(args, step + 1, f"--name {run.name}")
+            return leave(step + 1)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
@@ -392,21 +369,21 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-    # ---- 12. done --------------------------------------------------------------------------------------------
+    # ---- 11. the final table ---------------------------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
         number = math.ceil(args.eval_images / len(heldout))
         seat_judges(judges, device)
         load_weights(slot, root / "transformer")
-        before, pictures_before = heldout_scores(number, base_cfg)
+        before, pictures_before = pictures.scores(judges, number, base_cfg)
         fill(slot, own_rows(policy))
-        after, pictures_after = heldout_scores(number, 1.0)
+        after, pictures_after = pictures.scores(judges, number, 1.0)
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, base with guidance {base_cfg:g}, student without, same seeds"
             if judges:
                 report(run, judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:24], pictures_after[:24])
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN], pictures_after[:pictures.SHOWN])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

@@ -20,7 +20,7 @@ from PIL import Image
 import make
 import model
 import world
-from grpo import await_scores, group_advantage
+from grpo import StepScores, group_advantage
 from judge_server import HANG_UP, Judge, choice, serve
 from runs import checkpoint, loaded_rewards, run_script, start_script
 
@@ -306,24 +306,34 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
 
 
 def test_scores_are_taken_in_the_order_of_the_rollout_whatever_the_order_they_come_in():
-    """Three batches of two images by two rewards."""
-    futures = [(2, [Future(), Future()]) for _ in range(3)]
+    """Three batches of two images by two rewards; groups of three images."""
+    rewards = [model.Reward(name, 0.5, "", None) for name in "ab"]
+    scores = StepScores(rewards, [model.Request("x")] * 2, 3)
+    futures = [[Future(), Future()] for _ in range(3)]
+    scores.pending = [(2, pair) for pair in futures]
     rows = [[[(10 * batch + image + 0.5 * k, "") for image in range(2)] for k in range(2)] for batch in range(3)]
     everything = [pair for batch in rows for pair in zip(*batch)]
-    pending, arrived = list(futures), []
 
     def finish(*places):
         for batch, k in places:
-            futures[batch][1][k].set_result(rows[batch][k])
+            futures[batch][k].set_result(rows[batch][k])
 
-    finish((0, 1), (2, 0), (0, 0))
-    threading.Timer(0.5, finish, [(2, 1), (1, 1), (1, 0)]).start()
-    await_scores(pending, arrived, 1)
-    assert arrived == everything[:2] and not futures[1][1][0].done()  # does not wait for more than it needs
-    await_scores(pending, arrived, 3)
-    assert arrived == everything[:4]
-    await_scores(pending, arrived, 6)
-    assert arrived == everything and pending == []
+    finish((0, 1), (2, 0), (0, 0), (1, 1))
+    threading.Timer(0.5, finish, [(1, 0)]).start()
+    scores.group(0)
+    assert scores.arrived == everything[:4] and not futures[2][1].done() and scores.seconds > 0.4  # waits for no more than it needs
+    finish((2, 1))
+    scores.group(1)
+    assert scores.arrived == everything and scores.pending == []
+    expected = torch.tensor([[score for score, _ in pair] for pair in everything]).T.view(2, 2, 3)
+    assert torch.equal(scores.scores, expected) and torch.equal(scores.advantage, group_advantage(expected, scores.weights))
+
+
+def test_once_stopped_missing_scores_are_left_out(monkeypatch):
+    scores = StepScores([model.Reward("a", 1.0, "", None)], [model.Request("x")], 2)
+    scores.pending = [(2, [Future()])]
+    monkeypatch.setattr("grpo.STOP", SimpleNamespace(is_set=lambda: True))
+    assert scores.group(0).tolist() == [0, 0] and [why for ((_, why),) in scores.arrived] == ["not waited for"] * 2
 
 
 def test_a_slow_reward_does_not_hold_up_another():
@@ -339,13 +349,14 @@ def test_a_slow_reward_does_not_hold_up_another():
         return [2.0] * len(images)
 
     rewards = [model.Reward(score.__name__, 0.5, "", score) for score in (slow, fast)]
-    pools, arrived = [ThreadPoolExecutor(1) for _ in rewards], []  # as in grpo.py
-    batch = [grey(0)] * 2, [model.Request("x")] * 2
-    futures = [(2, [pool.submit(reward, *batch) for pool, reward in zip(pools, rewards)]) for _ in range(3)]
-    assert futures[2][1][1].result(timeout=10) == [(2.0, "")] * 2 and not futures[0][1][0].done()
+    pools, scores = [ThreadPoolExecutor(1) for _ in rewards], StepScores(rewards, [model.Request("x")], 6)
+    for _ in range(3):
+        scores.ask(pools, [grey(0)] * 2, [model.Request("x")] * 2)
+    futures = [pair for _, pair in scores.pending]
+    assert futures[2][1].result(timeout=10) == [(2.0, "")] * 2 and not futures[0][0].done()
     go.set()
-    await_scores(futures, arrived, 6)
-    assert arrived == [((1.0, ""), (2.0, ""))] * 6 and order == ["fast"] * 3 + ["slow"] * 3
+    scores.group(0)
+    assert scores.arrived == [((1.0, ""), (2.0, ""))] * 6 and order == ["fast"] * 3 + ["slow"] * 3
 
 
 # What a reward function may return
