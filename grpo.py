@@ -432,86 +432,92 @@ def main(argv=None):
         stopped(args, step, f"--name {run.name}")
 
     # ---- 10. train -------------------------------------------------------------------------------------------
-    log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
-    stop_gently(rank)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
-    for step in bar:
-        fill(slot, own_rows(policy))
-        if args.sample_every and step % args.sample_every == 0:
-            pictures.save_grid(run / "samples" / f"{step:06d}.png", cfg)
-        ids, clock = shares[step], Clock(device)
+    def train():
+        """All steps; True if they were done, and the run not left before."""
+        log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+        stop_gently(rank)
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+        for step in bar:
+            fill(slot, own_rows(policy))
+            if args.sample_every and step % args.sample_every == 0:
+                pictures.save_grid(run / "samples" / f"{step:06d}.png", cfg)
+            ids, clock = shares[step], Clock(device)
 
-        # roll out; a decoded batch is scored in the background from here on
-        seat_judges(rewards, device)
-        scores = StepScores(rewards, [requests[i] for i in ids], G)
-        states = roll_out(step, ids, scores)
-        clock.lap("rollout")
+            # roll out; a decoded batch is scored in the background from here on
+            seat_judges(rewards, device)
+            scores = StepScores(rewards, [requests[i] for i in ids], G)
+            states = roll_out(step, ids, scores)
+            clock.lap("rollout")
 
-        # frozen velocities, before the first update (difference 3)
-        v_old, v_ref = frozen_velocities(ids, states), {}
-        if reference:
-            fill(slot, reference)
-            v_ref = frozen_velocities(ids, states)
-        clock.lap("frozen")
+            # frozen velocities, before the first update (difference 3)
+            v_old, v_ref = frozen_velocities(ids, states), {}
+            if reference:
+                fill(slot, reference)
+                v_ref = frozen_velocities(ids, states)
+            clock.lap("frozen")
 
-        # local judges leave before training; other rewards are waited for group by group
-        scores.wait_for_local()
-        if not memory.judges_stay:
-            unseat_judges(rewards)
-        clock.lap("reward_wait")
-        if cuda:
-            sampler.drop()  # the updates need the memory
-        if stopping():  # nothing of this step has been trained
-            return leave(step)
+            # local judges leave before training; other rewards are waited for group by group
+            scores.wait_for_local()
+            if not memory.judges_stay:
+                unseat_judges(rewards)
+            clock.lap("reward_wait")
+            if cuda:
+                sampler.drop()  # the updates need the memory
+            if stopping():  # nothing of this step has been trained
+                return leave(step)
 
-        # updates, each on its own groups
-        updates, groups = [], len(ids) // U
-        for update in range(U):
-            keep_gathered(policy, memory.gathered, memory.once)
-            sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device), ratios=[])
-            own = range(update * groups, (update + 1) * groups)
-            for group in own:
-                train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old, v_ref, sums)
-            if memory.once:
-                reduce_gradients(policy)
-            if update == 0:  # nothing is trained on a step that cannot be trusted
-                left, trouble = scores.failures(args.max_reward_failures)
+            # updates, each on its own groups
+            updates, groups = [], len(ids) // U
+            for update in range(U):
+                keep_gathered(policy, memory.gathered, memory.once)
+                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device), ratios=[])
+                own = range(update * groups, (update + 1) * groups)
+                for group in own:
+                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old, v_ref, sums)
+                if memory.once:
+                    reduce_gradients(policy)
+                # nothing is trained on a step that cannot be trusted
+                left, trouble = scores.failures(args.max_reward_failures) if update == 0 else (False, None)
                 if left or trouble:
                     return leave(step, None if left else trouble)
-            norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
-            bad = 0 if stepped else bad + 1
-            if bad == BAD_UPDATES:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
-                raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
-            updates.append(statistics(sums, scores.advantage[own]) | {"grad_norm": norm, "skipped": not stepped})
-        clock.lap("train")
+                norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
+                bad = 0 if stepped else bad + 1
+                if bad == BAD_UPDATES:
+                    save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
+                    raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
+                updates.append(statistics(sums, scores.advantage[own]) | {"grad_norm": norm, "skipped": not stepped})
+            clock.lap("train")
 
-        # one line a step
-        flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-        flops *= G * (T * (1 + (cfg != 1)) + branches * len(trained) * (4 + bool(reference)))
-        seconds = clock.seconds
-        seconds["reward_wait"], seconds["train"] = seconds["reward_wait"] + scores.seconds, seconds["train"] - scores.seconds
-        each, last = {name: [update[name] for update in updates] for name in updates[0]}, updates[-1]
-        parts = all_gather_list([{
-            "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage, "reasons": scores.reasons,
-            "mean": {name: each[name] for name in ("loss", "kl", "clip_frac")} | {name: last[name] for name in ("ratio_std", "step_share")},
-            "max": {"ratio_dev": each["ratio_dev"]}, "flops": flops, "stop": STOP.is_set()}])
-        record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
-        record["step_share"] = [energy / max(sum(record["step_share"]), 1e-30) for energy in record["step_share"]]
-        log.append({"step": step, **record, "grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
-                    **speed_record(seconds, P * G, flops, peak, device)})
-        if rank == 0:
-            write_log(run / "log.jsonl", log, new=step == start)
-            curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
-            line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
-            bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
-        if record["constant_groups"] == 1 and rank == 0:
-            tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
-        ending = any(part["stop"] for part in parts)
-        if ending:
-            return leave(step + 1)
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+            # one line a step
+            flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
+            flops *= G * (T * (1 + (cfg != 1)) + branches * len(trained) * (4 + bool(reference)))
+            seconds = clock.seconds
+            seconds["reward_wait"], seconds["train"] = seconds["reward_wait"] + scores.seconds, seconds["train"] - scores.seconds
+            each, last = {name: [update[name] for update in updates] for name in updates[0]}, updates[-1]
+            parts = all_gather_list([{
+                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage, "reasons": scores.reasons,
+                "mean": {name: each[name] for name in ("loss", "kl", "clip_frac")} | {name: last[name] for name in ("ratio_std", "step_share")},
+                "max": {"ratio_dev": each["ratio_dev"]}, "flops": flops, "stop": STOP.is_set()}])
+            record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
+            record["step_share"] = [energy / max(sum(record["step_share"]), 1e-30) for energy in record["step_share"]]
+            log.append({"step": step, **record, "grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
+                        **speed_record(seconds, P * G, flops, peak, device)})
+            if rank == 0:
+                write_log(run / "log.jsonl", log, new=step == start)
+                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
+                line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
+                bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
+            if record["constant_groups"] == 1 and rank == 0:
+                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
+            ending = any(part["stop"] for part in parts)
+            if ending:
+                return leave(step + 1)
+            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+        return True
+
+    if not train():
+        return
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])

@@ -291,76 +291,82 @@ def main(argv=None):
         stopped(args, step, f"--name {run.name}")
 
     # ---- 10. train -------------------------------------------------------------------------------------------
-    log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
-    stop_gently(rank)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
-    for step in bar:
-        fill(slot, own_rows(policy))
-        if args.sample_every and step % args.sample_every == 0:
-            pictures.save_grid(run / "samples" / f"{step:06d}.png", 1.0)
-        ids, clock = shares[step], Clock(device)
+    def train():
+        """All steps; True if they were done, and the run not left before."""
+        log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
+        stop_gently(rank)
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+        for step in bar:
+            fill(slot, own_rows(policy))
+            if args.sample_every and step % args.sample_every == 0:
+                pictures.save_grid(run / "samples" / f"{step:06d}.png", 1.0)
+            ids, clock = shares[step], Clock(device)
 
-        # roll out by the student
-        states = roll_out(step, ids)
-        clock.lap("rollout")
+            # roll out by the student
+            states = roll_out(step, ids)
+            clock.lap("rollout")
 
-        # the teachers take the slot in turn; every rank loads those that any rank needs
-        v_teacher, swap_seconds = {}, 0.0
-        for task in sorted({requests[i].task for i in prompt_ids(step, len(requests), P, args.seed)}, reverse=True):
-            began = time.perf_counter()
-            fill(slot, teachers[task].rows)
-            synchronize(device)
-            swap_seconds += time.perf_counter() - began
-            v_teacher |= teacher_velocities(task, ids, states)
-        clock.lap("teachers")
-        if cuda:
-            sampler.drop()  # the updates need the memory
-        if stopping():  # nothing of this step has been trained
-            return leave(step)
+            # the teachers take the slot in turn; every rank loads those that any rank needs
+            v_teacher, swap_seconds = {}, 0.0
+            for task in sorted({requests[i].task for i in prompt_ids(step, len(requests), P, args.seed)}, reverse=True):
+                began = time.perf_counter()
+                fill(slot, teachers[task].rows)
+                synchronize(device)
+                swap_seconds += time.perf_counter() - began
+                v_teacher |= teacher_velocities(task, ids, states)
+            clock.lap("teachers")
+            if cuda:
+                sampler.drop()  # the updates need the memory
+            if stopping():  # nothing of this step has been trained
+                return leave(step)
 
-        # updates, each on its own groups
-        errors, losses, norms, skipped, groups = [], [], [], 0, len(ids) // U
-        for update in range(U):
-            keep_gathered(policy, memory.gathered, memory.once)
-            sums = SimpleNamespace(loss=torch.zeros((), device=device), errors=errors)
-            for group in range(update * groups, (update + 1) * groups):
-                train_group(group, encoded[ids[group]][0], states, v_teacher, sums)
-            if memory.once:
-                reduce_gradients(policy)
-            norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
-            bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
-            if bad == BAD_UPDATES:
-                save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
-                raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
-            losses.append(sums.loss.item() * scale)
-            norms.append(norm)
-        clock.lap("train")
+            # updates, each on its own groups
+            errors, losses, norms, skipped, groups = [], [], [], 0, len(ids) // U
+            for update in range(U):
+                keep_gathered(policy, memory.gathered, memory.once)
+                sums = SimpleNamespace(loss=torch.zeros((), device=device), errors=errors)
+                for group in range(update * groups, (update + 1) * groups):
+                    train_group(group, encoded[ids[group]][0], states, v_teacher, sums)
+                if memory.once:
+                    reduce_gradients(policy)
+                norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
+                bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
+                if bad == BAD_UPDATES:
+                    save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
+                    raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
+                losses.append(sums.loss.item() * scale)
+                norms.append(norm)
+            clock.lap("train")
 
-        # one line a step
-        flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-        guided = sum(forward_flops(config, tokens, encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
-        flops = G * ((T + 3 * len(trained)) * flops + len(trained) * guided)
-        seconds = {"rollout": clock.seconds["rollout"], "teachers": clock.seconds["teachers"] - swap_seconds, "swap": swap_seconds,
-                   "train": clock.seconds["train"]}
-        error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
-        parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "loss": losses, "flops": flops,
-                                  "stop": STOP.is_set()}])
-        found = [pair for part in parts for pair in part["error"]]
-        by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
-        log.append({"step": step, "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))], "velocity_error": by_task,
-                    "grad_norm": norms, "skipped_updates": skipped,
-                    **speed_record(seconds, P * G, sum(part["flops"] for part in parts), peak, device)})
-        if rank == 0:
-            write_log(run / "log.jsonl", log, new=step == start)
-            curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained)) for line in log
-                             if line["velocity_error"][task]] for task in teachers}
-            line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states", "step")
-            bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
-        ending = any(part["stop"] for part in parts)
-        if ending:
-            return leave(step + 1)
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+            # one line a step
+            flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
+            guided = sum(forward_flops(config, tokens, encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1)) for i in ids)
+            flops = G * ((T + 3 * len(trained)) * flops + len(trained) * guided)
+            seconds = {"rollout": clock.seconds["rollout"], "teachers": clock.seconds["teachers"] - swap_seconds, "swap": swap_seconds,
+                       "train": clock.seconds["train"]}
+            error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()  # per group and trained step
+            parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)], "loss": losses, "flops": flops,
+                                      "stop": STOP.is_set()}])
+            found = [pair for part in parts for pair in part["error"]]
+            by_task = {task: [sum(column) / len(column) for column in zip(*(row for of, row in found if of == task))] for task in teachers}
+            log.append({"step": step, "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))], "velocity_error": by_task,
+                        "grad_norm": norms, "skipped_updates": skipped,
+                        **speed_record(seconds, P * G, sum(part["flops"] for part in parts), peak, device)})
+            if rank == 0:
+                write_log(run / "log.jsonl", log, new=step == start)
+                curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained)) for line in log
+                                 if line["velocity_error"][task]] for task in teachers}
+                line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states", "step")
+                bar.set_postfix({task: f"{sum(error) / len(error):.4f}" for task, error in by_task.items() if error})
+            ending = any(part["stop"] for part in parts)
+            if ending:
+                return leave(step + 1)
+            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
+        return True
+
+    if not train():
+        return
 
     # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
     save_model(run / "model", root, policy, 1.0, [name for teacher in teachers.values() for name in teacher.trained_on])
