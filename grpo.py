@@ -1,35 +1,40 @@
 """Flow-GRPO (Sec. 2.2, 4.1, 4.2): clipped policy gradients on the stochastic sampler's own steps.
 
-For each prompt sample a group of G images with guidance, taking the trained steps of the sampler stochastically (Eq. 5)
-and all others by the ODE (Eq. 3); score the images; normalise each reward within its group and add them up (Eq. 4, 13);
-then raise the likelihood of the steps that led to good images, clipped around the sampling policy (Eq. 6).
+For each prompt sample a group of G images with guidance, taking the trained steps of the sampler
+stochastically (Eq. 5) and all others by the ODE (Eq. 3); score the images; normalise each reward within its
+group and add them up (Eq. 4, 13); then raise the likelihood of the steps that led to good images, clipped
+around the sampling policy (Eq. 6).
 
     python grpo.py --reward aesthetic                                    # tiny model, CPU, under 10 minutes
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
 
-The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.
+The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in
+runs/NAME/.
 
 Differs from the paper:
-  1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no ratio. (The paper
-     samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. The ratio of Eq. 6 is that of a step whose std is kappa_t sqrt(D) times larger, kappa_t as in `mean_shift`, D numbers an
-     image: the spread of its logarithm is then the rms change of velocity, which is the unit of --clip-eps, at every
-     resolution and step, and the velocities of all trained steps weigh the same. As printed (--printed-ratio) the spread
-     is kappa_t sqrt(D) times that: at 1024 px the ratio is far from 1 after any update, and the least noisy step has most
-     of the gradient.
-  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one to which the
-     step's noise leads from the old unguided mean: the gradient is then 1/scale of that of the guided sampler through its
-     conditional branch (before the first update, and but for the weights of difference 2). At the sampled state, which
-     guidance has displaced, it would be biased. Without hybrid CFG both are one. The first ratio is exactly 1.
+  1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no
+     ratio. (The paper samples "using a 40-step ODE solver"; it does not say how the two go together.)
+  2. The ratio of Eq. 6 is that of a step whose std is kappa_t sqrt(D) times larger, kappa_t as in
+     `mean_shift`, D numbers an image: the spread of its logarithm is then the rms change of velocity, which
+     is the unit of --clip-eps, at every resolution and step, and the velocities of all trained steps weigh
+     the same. As printed (--printed-ratio) the spread is kappa_t sqrt(D) times that: at 1024 px the ratio is
+     far from 1 after any update, and the least noisy step has most of the gradient.
+  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one
+     to which the step's noise leads from the old unguided mean: the gradient is then 1/scale of that of the
+     guided sampler through its conditional branch (before the first update, and but for the weights of
+     difference 2). At the sampled state, which guidance has displaced, it would be biased. Without hybrid CFG
+     both are one. The first ratio is exactly 1.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
-  5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is Flow-GRPO's: at 1.2
-     the trained steps decide more of a picture, but fewer pictures of a rollout are right. Emphasis on high noise
-     (Sec. 4.2) lies in the choice of steps: the default ones are all of the noisier half.
-  6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone forgets the prompt.
-  7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group. The paper gives
-     no rule. Groups wait for their own scores, the first update for all.
-The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid); --guided-objective, both; --cfg 1,
-neither.
+  5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is
+     Flow-GRPO's: at 1.2 the trained steps decide more of a picture, but fewer pictures of a rollout are
+     right. Emphasis on high noise (Sec. 4.2) lies in the choice of steps: the default ones are all of the
+     noisier half.
+  6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone
+     forgets the prompt.
+  7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group.
+     The paper gives no rule. Groups wait for their own scores, the first update for all.
+The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid);
+--guided-objective, both; --cfg 1, neither.
 """
 
 import argparse
@@ -46,11 +51,11 @@ from model import (
     compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix, directory_name,
     encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
     image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, mean_shift, new_transformer,
-    noise_levels, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share,
-    read_log, reduce_gradients, release, report, resume_command, reward_threads, sampling_settings,
-    save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped,
-    stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
+    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, mean_shift, network_width,
+    new_transformer, noise_levels, open_run, own_rows, park, parse_run, plan_memory, prompt_ids,
+    prompts_per_step, rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
+    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
+    stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -62,108 +67,132 @@ LEFT_OUT = "not waited for"
 LR = 4e-6  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # what --resume may change
-FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr", "offload")
+FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures",
+        "lr", "offload")
 
-# ---- 1. arguments --------------------------------------------------------------------------------------------
+# ---- 1. arguments ------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    add("--prompts", metavar="FILE", help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
-    add("--eval-prompts", metavar="FILE", help="prompts of the grids and of the final table (default: the tiny world's)")
-    add("--name", type=directory_name, help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--prompts", metavar="FILE",
+        help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
+    add("--eval-prompts", metavar="FILE",
+        help="prompts of the grids and of the final table (default: the tiny world's)")
+    add("--name", type=directory_name,
+        help="directory under runs/ (default: made from rewards, seed and a number)")
     add("--steps", type=bounded(int, 1), default=60, help="rollouts to train on (default: %(default)s)")
-    add("--seed", type=bounded(int, 0, 10**12), default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0,
+        help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
-        help=f"between checkpoints, {SAVED_BYTES} bytes per parameter each; 0 for none (default: %(default)s)")
-    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
+        help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", nargs="+", default=[], metavar="R",
-        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM (directory or hub "
-             "id), the URL of an OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
-             "weights per category (see README)")
+        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM "
+             "(directory or hub id), the URL of an OpenAI-compatible endpoint or file.py:function, each "
+             "weighing 1/K; or one JSON file with weights per category (see README)")
     add("--max-reward-failures", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
         help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
-    add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
+    add("--judge", nargs="+", default=[], metavar="R",
+        help="same form; only in the final table, never trained on")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=bounded(int, 1), metavar="P",
         help="a multiple of ranks x updates (default: the smallest from 16 on)")
-    add("--group-size", type=bounded(int, 2), default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--group-size", type=bounded(int, 2), default=8, metavar="G",
+        help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=bounded(int, 2), metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--sampler-steps", type=bounded(int, 2), metavar="T",
+        help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=bounded(float, 0), metavar="S",
         help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 1)")
     add("--guided-objective", action="store_true",
-        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
+        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does "
+             "not)")
     add("--train-timesteps", default="4", metavar="STEPS",
-        help="sampler steps that are stochastic and trained (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
-             "all; or a list as 0,2,3 (default: %(default)s)")
-    add("--noise-level", type=bounded(float, 0, above=True), default=0.7, metavar="A", help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
-    add("--rollout-batch", type=bounded(int, 1), metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+        help="sampler steps that are stochastic and trained (Sec. 4.2): a number, spread over the noisier "
+             "half; half, all of that; all; or a list as 0,2,3 (default: %(default)s)")
+    add("--noise-level", type=bounded(float, 0, above=True), default=0.7, metavar="A",
+        help="sigma_t = A sqrt(t/(1-t)) (default: %(default)s)")
+    add("--rollout-batch", type=bounded(int, 1), metavar="B",
+        help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=bounded(float, 0, above=True), help=f"AdamW (default: {LR:g} x 4096 / width)")
     add("--printed-ratio", action="store_true",
-        help="the ratio of Eq. 6 as printed; --clip-eps, --kl-coef and --grad-clip then want larger values, 5 times on the tiny "
-             "model, 10 to 90 at 1024 px (default: difference 2)")
+        help="the ratio of Eq. 6 as printed; --clip-eps, --kl-coef and --grad-clip then want larger values, "
+             "5 times on the tiny model, 10 to 90 at 1024 px (default: difference 2)")
     add("--clip-eps", type=bounded(float, 0, above=True), default=0.015, metavar="EPS",
-        help="ratio clip of Eq. 6, in units of the rms change of velocity since the rollout (default: %(default)s)")
+        help="ratio clip of Eq. 6, in units of the rms change of velocity since the rollout (default: "
+             "%(default)s)")
     add("--kl-coef", type=bounded(float, 0), default=0.25, metavar="W",
         help="weight of the velocity KL to the base model, Eq. 9 (default: %(default)s)")
     add("--updates-per-rollout", type=bounded(int, 1), default=2, metavar="U",
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
     add("--micro-batch", type=bounded(int, 1), metavar="B",
         help="(image, timestep) pairs per forward (default: 512 tokens of them on a CPU, 8192 on a GPU)")
-    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM",
+        help="gradient norm limit (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
-        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked memory captures give up)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked "
+             "memory captures give up)")
+    add("--compile", action="store_true",
+        help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     add("--cudnn", action="store_true",
-        help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash attention)")
+        help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash "
+             "attention)")
     add("--offload", action="store_true",
-        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: "
+             "on the GPU)")
     parser.set_defaults(script="grpo")
     args = parse_run(parser, argv, ["reward"], FREE, "name", lambda args: Path("runs", args.name))
     return tiny_prompts(args, TINY, "prompts.jsonl", "heldout.jsonl")
 
 
-# ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
+# ---- 2. timesteps (same in grpo, nft, opd) -----------------------------------------------------------------
 
 
 def trained_steps(spec, total):
-    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included; that half; all; a list."""
+    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included;
+    that half; all; a list.
+    """
     half = max(1, total // 2)
     if spec in ("half", "all"):
         return list(range(half if spec == "half" else total))
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
     if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
-    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
+                        "half; all; or a list as 0,2")
+    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1))
+                                                   for i in range(steps[0])]
 
 
-# ---- 3. rewards and advantage (same in grpo, nft) ------------------------------------------------------------
+# ---- 3. rewards and advantage (same in grpo, nft) ----------------------------------------------------------
 
 
 class StepScores:
-    """The scores of a step's images, which come in while the step goes on. P groups of G images, those of this rank.
+    """The scores of a step's images, which come in while the step goes on. P groups of G images, those of
+    this rank.
 
-    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that were spent waiting.
+    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that
+    were spent waiting.
     """
 
     def __init__(self, rewards, requests, group_size):
         self.rewards, self.group_size = rewards, group_size
         self.weights = torch.tensor([[reward.weigh(request) for request in requests] for reward in rewards])
-        self.weights = self.weights.float()                                                                  # w_k     (K, P)
-        self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)                       # R_k     (K, P, G)
-        self.advantage = self.weights.new_zeros(len(requests), group_size)                                   # A       (P, G)
+        self.weights = self.weights.float()                                                # w_k     (K, P)
+        self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)     # R_k     (K, P, G)
+        self.advantage = self.weights.new_zeros(len(requests), group_size)                 # A       (P, G)
         self.pending, self.arrived, self.seconds = [], [], 0.0
 
     def ask(self, pools, images, requests):
@@ -177,13 +206,16 @@ class StepScores:
               if isinstance(reward.score, VLMScorer)])
 
     def wait_for(self, count):
-        """Until the first `count` images have their K (score, why); once STOP is set, what is not there is left out."""
+        """Until the first `count` images have their K (score, why); once STOP is set, what is not there is
+        left out.
+        """
         began = time.perf_counter()
         while len(self.arrived) < count:
             images, futures = self.pending.pop(0)
             while wait(futures, timeout=0.2).not_done and not STOP.is_set():
                 pass
-            answers = [future.result() if future.done() else [(FAILED, LEFT_OUT)] * images for future in futures]
+            answers = [future.result() if future.done() else [(FAILED, LEFT_OUT)] * images
+                       for future in futures]
             self.arrived += zip(*answers)
         self.seconds += time.perf_counter() - began
 
@@ -192,12 +224,12 @@ class StepScores:
         first, last = p * self.group_size, (p + 1) * self.group_size
         self.wait_for(last)
         self.scores[:, p] = torch.tensor([[score for score, _ in row] for row in self.arrived[first:last]]).T
-        self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])                       # Eq. 4, 13
+        self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])             # Eq. 4, 13
         return self.advantage[p]
 
     def failures(self, limit):
-        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons, counted, if more than a share `limit`
-        of the scores failed, else None."""
+        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons,
+        counted, if more than a share `limit` of the scores failed, else None."""
         self.wait_for(self.advantage.numel())
         self.reasons = Counter(why for row in self.arrived for _, why in row if why)
         parts = all_gather_list([(self.reasons, (self.weights > 0).sum().item() * self.group_size)])
@@ -205,37 +237,42 @@ class StepScores:
         if reasons.total() <= limit * asked:
             return LEFT_OUT in reasons, None
         table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-        return LEFT_OUT in reasons, f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
+        trouble = f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
+        return LEFT_OUT in reasons, trouble
 
 
 def group_advantage(scores, weights):
-    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none; weights (K, P) ->
-    A (P, G).
+    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none;
+    weights (K, P) -> A (P, G).
 
-    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its largest
-    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0. A
-    reward that is undefined for a group is dropped there and the other weights make up for it.
+    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its
+    largest magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics
+    and contributes 0. A reward that is undefined for a group is dropped there and the other weights make up
+    for it.
     """
     weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
-    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                                          # w_k     (K, P)
+    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                        # w_k     (K, P)
     valid = scores.isfinite()
     values = scores.double().where(valid, 0)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
-    mean = values.sum(-1, keepdim=True) / count                                                              # mu_k    (K, P, 1)
-    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()                      # sigma_k (K, P, 1)
+    mean = values.sum(-1, keepdim=True) / count                                            # mu_k    (K, P, 1)
+    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()    # sigma_k (K, P, 1)
     low = values.where(valid, math.inf).amin(-1, keepdim=True)
     high = values.where(valid, -math.inf).amax(-1, keepdim=True)
     differs = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
-    z = ((values - mean) / std.where(std > 0, 1)).where(differs, 0)                                          # Eq. 4   (K, P, G)
-    return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
+    z = ((values - mean) / std.where(std > 0, 1)).where(differs, 0)                        # Eq. 4   (K, P, G)
+    return (weights[:, :, None] * z).sum(0).float()                                        # Eq. 13  (P, G)
 
 
 def step_record(parts, rewards):
-    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
+    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per
+    update or timestep.
+    """
     scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
                                   for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
-    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
-    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
+    found = scores.where(scores.isfinite(), math.nan)                                              # (K, P, G)
+    deviation = found - found.nanmean(-1, keepdim=True)
+    means, stds = found.nanmean(dim=(1, 2)), deviation.square().nanmean(-1).sqrt().nanmean(1)
     return {
         "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
         "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
@@ -243,49 +280,55 @@ def step_record(parts, rewards):
         "failed": scores.isnan().sum().item(),
         "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
         "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
-        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
-        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
+        "advantage_abs": advantage.abs().mean().item(),
+        "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))]
+           for name in parts[0]["mean"]},
         **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
 
 
-# ---- 4. loss -------------------------------------------------------------------------------------------------
+# ---- 4. loss -----------------------------------------------------------------------------------------------
 
 
 def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     """Clipped policy gradient on stochastic sampler steps, one row per (image, timestep). fp32.
 
-    v, v_old   (B, N, C)  the objective's velocities by the trained policy and by the one that sampled, at the states before
+    v, v_old   (B, N, C)  the objective's velocities by the trained policy and by the one that sampled, at the
+                          states before
     z          (B, N, C)  the noise of the step, N(0, 1)
     kappa      (B, 1, 1)  1/sqrt(N C), or `mean_shift` for the ratio as printed
     advantage  (B,)       Eq. 13
     Returns the loss summed over rows, and the ratios (B,).
 
-    A step is mean + std z (Eq. 5). Training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old - v), kappa as in
-    `mean_shift`; 1/sqrt(N C) stands for a larger std (difference 2). At mean_old + std z the log-ratio of the two Gaussian
-    densities is z^2/2 - (z - Delta)^2/2 = z Delta - Delta^2/2 per dimension.
+    A step is mean + std z (Eq. 5). Training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old
+    - v), kappa as in `mean_shift`; 1/sqrt(N C) stands for a larger std (difference 2). At mean_old + std z
+    the log-ratio of the two Gaussian densities is z^2/2 - (z - Delta)^2/2 = z Delta - Delta^2/2 per
+    dimension.
     """
-    delta = kappa * (v_old - v)                                                                              # (B, N, C)  Eq. 5
-    ratio = (z * delta - delta**2 / 2).sum(dim=(1, 2)).exp()                                                 # (B,)       Eq. 6
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                                                        # (B,)       Eq. 6
-    loss = -torch.minimum(ratio * advantage, clipped * advantage)                                            # (B,)       Eq. 6
+    delta = kappa * (v_old - v)                                                             # (B, N, C)  Eq. 5
+    ratio = (z * delta - delta**2 / 2).sum(dim=(1, 2)).exp()                                # (B,)       Eq. 6
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                                       # (B,)       Eq. 6
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)                           # (B,)       Eq. 6
     return loss.sum(), ratio.detach()
 
 
 def kl_loss(v, v_ref):
     """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
-    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
+    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                   # Eq. 9
 
 
-# ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
+# ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was applied. "
-            "See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, with a lower --lr, or from "
-            "the checkpoint before if you remove this one")
+DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
+            "none was applied. See log.jsonl and samples/ for what went wrong before; --resume continues "
+            "from step {step}, with a lower --lr, or from the checkpoint before if you remove this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
-    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
+    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether
+    it stepped).
+    """
     release(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).full_tensor()
     finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
@@ -296,7 +339,7 @@ def apply_update(policy, optimizer, loss, grad_clip):
 
 
 def main(argv=None):
-    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+  # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
@@ -305,16 +348,18 @@ def main(argv=None):
     config = policy.config
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, T = grid[0] * grid[1], len(t) - 1
-    lr = LR * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
-    micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
+    lr = LR * 4096 / network_width(config) if args.lr is None else args.lr
+    micro_batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens)
+    batch = args.rollout_batch or (8 if cuda else 64)
     G, U = args.group_size, args.updates_per_rollout
     trained = trained_steps(args.train_timesteps, T)
     branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
-    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+  # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
-    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
+    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
+              for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
     rewards, judges = load_rewards(args.reward, root), load_rewards(args.judge, root)
     check_rewards(rewards, requests)
@@ -325,16 +370,18 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-    # ---- 8. schedule, memory, models -------------------------------------------------------------------------
+  # ---- 8. schedule, memory, models -------------------------------------------------------------------------
     load_vlms(rewards + judges, device)
     sigma = noise_levels(t, trained, args.noise_level)
-    kappa = torch.full((T,), (tokens * config["in_channels"]) ** -0.5)                                       # difference 2
+    kappa = torch.full((T,), (tokens * config["in_channels"]) ** -0.5)                          # difference 2
     if args.printed_ratio:
         kappa = mean_shift(t[:-1], t.diff(), sigma)
-    schedule = torch.stack([t[:-1], kappa])[:, :, None, None].to(device)                                     # (2, T, 1, 1)
-    pairs = [(k, g) for k in trained for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    schedule = torch.stack([t[:-1], kappa])[:, :, None, None].to(device)                        # (2, T, 1, 1)
+    # the rows of a group; its micro-batches share one prefix
+    pairs = [(k, g) for k in trained for g in range(G)]
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    scale = world / (P * G * len(trained) / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+    # sum over rows -> mean over the update; FSDP averages over ranks
+    scale = world / (P * G * len(trained) / U)
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
     pair = longest_prefix(encoded, 1 + (cfg != 1))
     checkpointing = cuda if args.checkpointing is None else args.checkpointing
@@ -342,11 +389,13 @@ def main(argv=None):
     memory = plan_memory(config, vae.config, device, Job(
         tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
         kept=4 * state_floats * len(trained) * (3 + bool(args.kl_coef)),
-        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards), table=vlm_bytes(rewards + judges),
+        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards),
+        table=vlm_bytes(rewards + judges),
         parked=dtype.itemsize * share * bool(args.kl_coef),
         offload=args.offload, checkpointing=checkpointing))
 
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling, then the reference
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy for sampling,
+    # then the reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(slot, policy)
@@ -354,7 +403,8 @@ def main(argv=None):
     policy.checkpointing = checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: a norm below 1, spread over all parameters
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0,
+                                  fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
     sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
@@ -369,23 +419,29 @@ def main(argv=None):
               f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         describe_rewards(rewards)
 
-    # ---- 9. the parts of a step ------------------------------------------------------------------------------
+  # ---- 9. the parts of a step ------------------------------------------------------------------------------
     def rows(states, group, micro):
         """x, z (B, N, C) and t, kappa (B, 1, 1) of a micro-batch."""
         x, z = (torch.stack([states[k][d][group, g] for k, g in micro]) for d in (0, 1))
         return x, z, *schedule[:, [k for k, _ in micro]]
 
     def roll_out(step, ids, scores):
-        """Images by the policy in the slot, guided, given to the rewards batch by batch: {k: x, z (groups, G, N, C)} of the trained steps."""
+        """Images by the policy in the slot, guided, given to the rewards batch by batch: {k: x, z (groups, G,
+        N, C)} of the trained steps.
+        """
         images, states = [(step, i, g) for i in ids for g in range(G)], []
-        for chunk, decoded, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, trained):
+        for chunk, decoded, kept in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed,
+                                             batch, trained):
             states.append(kept)
             scores.ask(pools, decoded, [requests[i] for _, i, _ in chunk])
-        return {k: [torch.cat(parts).unflatten(0, (len(ids), G)) for parts in zip(*(kept[k] for kept in states))] for k in trained}
+        return {k: [torch.cat(parts).unflatten(0, (len(ids), G))
+                    for parts in zip(*(kept[k] for kept in states))] for k in trained}
 
     @torch.no_grad()
     def frozen_velocities(ids, states):
-        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N, C)}."""
+        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v
+        (B, N, C)}.
+        """
         velocities = {}
         for group, i in enumerate(ids):
             prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
@@ -395,13 +451,15 @@ def main(argv=None):
         return velocities
 
     def train_group(group, prompts, states, advantage, v_old, v_ref, sums):
-        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and ratios to `sums`."""
+        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and ratios
+        to `sums`.
+        """
         prefixes = [policy.prefix([prompt], grid) for prompt in prompts]
         leaves = [*map(detach_prefix, prefixes)]
         for m, micro in enumerate(micro_batches):
             x, z, t_rows, kappas = rows(states, group, micro)
-            a = advantage[[g for _, g in micro]].to(device)                                                  # (B,)
-            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                               # (B, N, C)
+            a = advantage[[g for _, g in micro]].to(device)                                        # (B,)
+            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                     # (B, N, C)
             loss, ratio = grpo_loss(v, v_old[group, m], z, kappas, a, args.clip_eps)
             sums.loss += loss.detach()
             sums.ratios.append(ratio)
@@ -415,9 +473,11 @@ def main(argv=None):
     def statistics(sums, advantage):
         """What is logged of an update; advantage (groups, G)."""
         ratios = torch.cat(sums.ratios).view(len(advantage), len(trained), G)
-        a = advantage[:, None].to(device)                                                                    # (groups, 1, G)
-        energy = (a * ratios * schedule[1, trained, :, 0]).square()  # of the gradient with respect to v, but for |z|
-        energy = energy.where((ratios - 1) * a.sign() <= args.clip_eps, 0).sum((0, 2))  # the clip lets no gradient through
+        a = advantage[:, None].to(device)                                                     # (groups, 1, G)
+        # of the gradient with respect to v, but for |z|
+        energy = (a * ratios * schedule[1, trained, :, 0]).square()
+        # the clip lets no gradient through
+        energy = energy.where((ratios - 1) * a.sign() <= args.clip_eps, 0).sum((0, 2))
         return {"loss": sums.loss.item() * scale, "kl": sums.kl.item() * scale,
                 "ratio_dev": (ratios - 1).abs().max().item(),
                 "clip_frac": ((ratios - 1).abs() > args.clip_eps).float().mean().item(),
@@ -431,12 +491,13 @@ def main(argv=None):
             raise UserError(f"step {step}: {trouble}\n{resume_command(args, f'--name {run.name}')}")
         stopped(args, step, f"--name {run.name}")
 
-    # ---- 10. train -------------------------------------------------------------------------------------------
+  # ---- 10. train -------------------------------------------------------------------------------------------
     def train():
         """All steps; True if they were done, and the run not left before."""
         log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
         stop_gently(rank)
-        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
+                   dynamic_ncols=True)
         for step in bar:
             fill(slot, own_rows(policy))
             if args.sample_every and step % args.sample_every == 0:
@@ -470,10 +531,12 @@ def main(argv=None):
             updates, groups = [], len(ids) // U
             for update in range(U):
                 keep_gathered(policy, memory.gathered, memory.once)
-                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device), ratios=[])
+                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device),
+                                       ratios=[])
                 own = range(update * groups, (update + 1) * groups)
                 for group in own:
-                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old, v_ref, sums)
+                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old,
+                                v_ref, sums)
                 if memory.once:
                     reduce_gradients(policy)
                 # nothing is trained on a step that cannot be trusted
@@ -485,30 +548,38 @@ def main(argv=None):
                 if bad == BAD_UPDATES:
                     save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
                     raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
-                updates.append(statistics(sums, scores.advantage[own]) | {"grad_norm": norm, "skipped": not stepped})
+                updates.append(statistics(sums, scores.advantage[own])
+                               | {"grad_norm": norm, "skipped": not stepped})
             clock.lap("train")
 
             # one line a step
             flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
             flops *= G * (T * (1 + (cfg != 1)) + branches * len(trained) * (4 + bool(reference)))
             seconds = clock.seconds
-            seconds["reward_wait"], seconds["train"] = seconds["reward_wait"] + scores.seconds, seconds["train"] - scores.seconds
+            seconds["reward_wait"] += scores.seconds
+            seconds["train"] -= scores.seconds
             each, last = {name: [update[name] for update in updates] for name in updates[0]}, updates[-1]
             parts = all_gather_list([{
-                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage, "reasons": scores.reasons,
-                "mean": {name: each[name] for name in ("loss", "kl", "clip_frac")} | {name: last[name] for name in ("ratio_std", "step_share")},
+                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage,
+                "reasons": scores.reasons,
+                "mean": {name: each[name] for name in ("loss", "kl", "clip_frac")}
+                | {name: last[name] for name in ("ratio_std", "step_share")},
                 "max": {"ratio_dev": each["ratio_dev"]}, "flops": flops, "stop": STOP.is_set()}])
             record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
-            record["step_share"] = [energy / max(sum(record["step_share"]), 1e-30) for energy in record["step_share"]]
-            log.append({"step": step, **record, "grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
+            record["step_share"] = [energy / max(sum(record["step_share"]), 1e-30)
+                                    for energy in record["step_share"]]
+            log.append({"step": step, **record, "grad_norm": each["grad_norm"],
+                        "skipped_updates": sum(each["skipped"]),
                         **speed_record(seconds, P * G, flops, peak, device)})
             if rank == 0:
                 write_log(run / "log.jsonl", log, new=step == start)
-                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
+                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log]
+                          for r in rewards}
                 line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
             if record["constant_groups"] == 1 and rank == 0:
-                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
+                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was "
+                           "learnt from it")
             ending = any(part["stop"] for part in parts)
             if ending:
                 return leave(step + 1)
@@ -526,7 +597,7 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-    # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
+  # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
@@ -539,7 +610,8 @@ def main(argv=None):
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN], pictures_after[:pictures.SHOWN])
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
+                           pictures_after[:pictures.SHOWN])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

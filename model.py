@@ -1,4 +1,5 @@
-"""The one shared file: networks, prompts, checkpoints, flow maths, sampler, rewards and sharding for Qwen-Image-2.1.
+"""The one shared file: networks, prompts, checkpoints, flow maths, sampler, rewards and sharding for
+Qwen-Image-2.1.
 
   1. networks      FlowTransformer (prefix, velocity), VAE
   2. prompts       Qwen3-VL condition encoder through transformers
@@ -10,17 +11,21 @@
   8. reports       intervals, the final table, image grids, the line chart
   9. runs          user errors, flags, signals, run directories, logs, prompt order
 
-Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with shared
-weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all blocks share; tanh
-gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is block-causal: text is causal,
-every image sees itself and what precedes it. Text and source images are modulated at t = 0. Equation numbers are the report's.
+Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with
+shared weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all
+blocks share; tanh gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is
+block-causal: text is causal, every image sees itself and what precedes it. Text and source images are
+modulated at t = 0. Equation numbers are the report's.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow shared CPUs several times
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sharing the tiny model's operators costs more than it gains
-os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+# before torch: spinning threads slow shared CPUs several times
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# as torchrun does; sharing the tiny model's operators costs more than it gains
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF",
+                      os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 # without expandable segments phases of different sizes fragment a GPU's memory to twice what they use
 
 import argparse
@@ -73,7 +78,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method)
+    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -81,10 +87,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 
-# ---- 1. networks ---------------------------------------------------------------------------------------------
+# ---- 1. networks -------------------------------------------------------------------------------------------
 #
-# Axes: B images in a batch · P prompts · S prefix tokens · N target tokens (= h*w latent pixels) · C latent
-# channels · D width · H heads. Notation: x_t = (1-t) x0 + t eps, v = eps - x0, t from 1 (noise) to 0.
+# Axes: B images in a batch · P prompts · S prefix tokens · N target tokens (= h*w latent pixels)
+# C latent channels · D width · H heads. Notation: x_t = (1-t) x0 + t eps, v = eps - x0, t from 1 (noise)
+# to 0 (data).
 
 
 @dataclass
@@ -120,7 +127,8 @@ class Layout(NamedTuple):
     """Where the tokens of a prompt's prefix stand.
 
     positions  S (frame, y, x)
-    segments   [(first, last, is_image)]: the runs of text and the source images, in order, that make up the S tokens
+    segments   [(first, last, is_image)]: the runs of text and the source images, in order, that make up the S
+               tokens
     end        the position after the last token
     """
 
@@ -132,8 +140,8 @@ class Layout(NamedTuple):
 def prefix_layout(prompt):
     """Interleave text tokens and source images.
 
-    Text advances one position shared by the three axes; an image freezes the frame axis at the position reached, lays
-    its tokens on a grid centred on zero and then advances the position by its longer side.
+    Text advances one position shared by the three axes; an image freezes the frame axis at the position
+    reached, lays its tokens on a grid centred on zero and then advances the position by its longer side.
     """
     positions, segments, position, token = [], [], 0, 0
     images = iter(prompt.sources)
@@ -142,7 +150,8 @@ def prefix_layout(prompt):
         if is_image:
             latents = next(images, None)
             if latents is None:
-                raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source images")
+                raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source "
+                                 "images")
             height, width = latents.shape[-2:]
             positions += [(position, *yx) for yx in image_grid(height, width)]
             position, token = position + max(height, width), token + height * width // 4
@@ -155,7 +164,9 @@ def prefix_layout(prompt):
 
 
 def image_layout(prompt):
-    """What prompts must share to be computed as one batch: all segments, but for the length of a last one of text."""
+    """What prompts must share to be computed as one batch: all segments, but for the length of a last one of
+    text.
+    """
     *segments, (first, last, is_image) = prefix_layout(prompt).segments
     return (*segments, (first, last if is_image else None, is_image))
 
@@ -166,22 +177,28 @@ def prefix_tokens(prompt):
 
 
 def longest_prefix(encoded, branches):
-    """Most prefix tokens of any of {id: (Prompt, Prompt without the text)}; branches: 1 counts the first alone, 2 both."""
+    """Most prefix tokens of any of {id: (Prompt, Prompt without the text)}; branches: 1 counts the first
+    alone, 2 both.
+    """
     return max(sum(map(prefix_tokens, pair[:branches])) for pair in encoded.values())
 
 
 def image_grid(height, width):
     """(y, x) of every latent pixel in raster order, centred on zero."""
-    return [(y - (height - height // 2), x - (width - width // 2)) for y in range(height) for x in range(width)]
+    return [(y - (height - height // 2), x - (width - width // 2)) for y in range(height)
+            for x in range(width)]
 
 
 def rotate(x, rope):
-    """Rotary embedding of adjacent channel pairs, in fp32. x (B, T, H, head_dim), rope (B|1, T, head_dim/2, 2)."""
+    """Rotary embedding of adjacent channel pairs, in fp32. x (B, T, H, head_dim), rope (B|1, T, head_dim/2,
+    2).
+    """
     pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(2)
     if torch.compiler.is_compiling():  # which cannot fuse complex numbers
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)).flatten(-2).type_as(x)
+    rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
+    return torch.view_as_real(rotated).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -194,13 +211,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, past, index, mask, segments):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)  # (B, T, H, head_dim)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)              # (B, T, H, head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)              # (B, H, T, head_dim)
         if past is None:  # the prefix stream keeps its keys and values for the targets
             k, v = k.contiguous(), v.contiguous()
             return self.project(block_causal_attention(q, k, v, segments)), (k, v)
         past_k, past_v = past
-        k = torch.cat([select_prompts(past_k, index, len(x)).to(k.dtype), k], dim=2)  # (B, H, S+N, head_dim)
+        k = torch.cat([select_prompts(past_k, index, len(x)).to(k.dtype), k], dim=2)   # (B, H, S+N, head_dim)
         v = torch.cat([select_prompts(past_v, index, len(x)).to(v.dtype), v], dim=2)
         return self.project(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), None
 
@@ -209,9 +226,11 @@ class Attention(nn.Module):
 
 
 def block_causal_attention(q, k, v, segments):
-    """Text is causal, an image sees all of itself, and both see what precedes them; q, k, v (B, H, S, head_dim).
+    """Text is causal, an image sees all of itself, and both see what precedes them; q, k, v (B, H, S,
+    head_dim).
 
-    Segment by segment, so that no (S, S) mask exists and an image, where the work is, takes the fastest kernel.
+    Segment by segment, so that no (S, S) mask exists and an image, where the work is, takes the fastest
+    kernel.
     """
     parts = []
     for first, last, is_image in segments:
@@ -252,7 +271,7 @@ class Block(nn.Module):
         self.eps = eps
 
     def forward(self, h, modulation, rope, past=None, index=None, mask=None, segments=()):
-        scale1, gate1, scale2, gate2 = modulation  # (B|1, 1, D) each
+        scale1, gate1, scale2, gate2 = modulation                                           # (B|1, 1, D) each
         x = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + scale1)
         x, kv = self.attn(x, rope, past, index, mask, segments)
         h = h + gate1 * x
@@ -272,18 +291,23 @@ class ZeroCentredRMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + 1, self.eps).type_as(x)
 
 
+def network_width(config):
+    """Of the transformer's stream."""
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
 class FlowTransformer(nn.Module):
     """Qwen-Image-2.1's block-causal flow transformer; parameter names are the checkpoint's.
 
-    Text and source-image tokens are modulated at t=0 and never see the noisy image, so the network splits into a
-    `prefix` computed once per prompt and a `velocity` of the target tokens, which look at the prefix and at
-    themselves. One prefix serves all images of a group and all timesteps, exactly.
+    Text and source-image tokens are modulated at t=0 and never see the noisy image, so the network splits
+    into a `prefix` computed once per prompt and a `velocity` of the target tokens, which look at the prefix
+    and at themselves. One prefix serves all images of a group and all timesteps, exactly.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        dim = network_width(config)
         eps = config.get("eps", 1e-6)
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({
             "linear_1": nn.Linear(256, dim, bias=False), "linear_2": nn.Linear(dim, dim, bias=False)})})
@@ -294,14 +318,17 @@ class FlowTransformer(nn.Module):
         self.img_in = nn.Linear(config["in_channels"], dim, bias=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 4 * dim, bias=False))  # one for all blocks
         self.transformer_blocks = nn.ModuleList(
-            Block(dim, config["num_attention_heads"], config["mlp_ratio"], eps) for _ in range(config["num_layers"]))
+            Block(dim, config["num_attention_heads"], config["mlp_ratio"], eps)
+            for _ in range(config["num_layers"]))
         self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False)})
         self.proj_out = nn.Linear(dim, config["out_channels"], bias=False)
-        self.eps, self.checkpointing = eps, False  # recompute each block in the backward pass instead of keeping its activations
+        # recompute each block in the backward pass instead of keeping its activations
+        self.eps, self.checkpointing = eps, False
 
     def embed_time(self, t):
         """Sinusoid of 1000 t in fp32, cos before sin, then two layers. t (B,) fp32 -> (B, D)."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+        index = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * index / 128)
         angles = 1000 * t[:, None] * frequencies  # (B, 128): the one place that fixes the timestep convention
         embedder = self.time_text_embed["timestep_embedder"]
         x = torch.cat([angles.cos(), angles.sin()], dim=-1).to(embedder["linear_1"].weight.dtype)
@@ -315,8 +342,10 @@ class FlowTransformer(nn.Module):
     def rope(self, positions):
         """positions (..., 3) -> cos and sin (..., head_dim/2, 2) fp32: theta 10^4, axes (frame, y, x)."""
         dims, device = self.config["axes_dims_rope"], positions.device
-        powers = [10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim) for dim in dims]
-        angles = torch.cat([x.float()[..., None] / power for x, power in zip(positions.unbind(-1), powers)], dim=-1)
+        powers = [10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+                  for dim in dims]
+        angles = torch.cat([x.float()[..., None] / power for x, power in zip(positions.unbind(-1), powers)],
+                           dim=-1)
         return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
     def run_block(self, block, *args):
@@ -327,22 +356,23 @@ class FlowTransformer(nn.Module):
     def prefix(self, prompts, grid, into=None):
         """Keys and values of P prompts, for targets of grid = (h, w) latents. Returns a Prefix.
 
-        Prompts of a batch share their image layout and are padded on the right to the longest, S tokens; no real token
-        sees padding and positions are per prompt, so a prompt does not depend on its neighbours. `into`: one (k, v) per
-        block to write them to, block by block; else they are new.
+        Prompts of a batch share their image layout and are padded on the right to the longest, S tokens; no
+        real token sees padding and positions are per prompt, so a prompt does not depend on its neighbours.
+        `into`: one (k, v) per block to write them to, block by block; else they are new.
         """
         device, dtype = self.img_in.weight.device, self.img_in.weight.dtype
         layouts = [prefix_layout(prompt) for prompt in prompts]
         if len({image_layout(prompt) for prompt in prompts}) > 1:
-            raise ValueError("prompts of a batch must have source images of the same sizes at the same places")
+            raise ValueError("prompts of a batch need source images of the same sizes at the same places")
         lengths = [len(layout.positions) for layout in layouts]
         size = max(lengths)
         *segments, (first, _, is_image) = layouts[0].segments
         segments = (*segments, (first, size, is_image))
-        positions = [layout.positions + [(0, 0, 0)] * (size - length) for layout, length in zip(layouts, lengths)]
+        positions = [layout.positions + [(0, 0, 0)] * (size - length)
+                     for layout, length in zip(layouts, lengths)]
         rope = self.rope(torch.tensor(positions, device=device))
 
-        h = pad_sequence(self.embed_prompts(prompts, layouts, device, dtype), batch_first=True)  # (P, S, D)
+        h = pad_sequence(self.embed_prompts(prompts, layouts, device, dtype), batch_first=True)    # (P, S, D)
         modulation, kv = self.modulate(self.embed_time(torch.zeros(1, device=device))), []
         for i, block in enumerate(self.transformer_blocks):
             h, keys_values = self.run_block(block, h, modulation, rope, None, None, None, segments)
@@ -352,7 +382,8 @@ class FlowTransformer(nn.Module):
                 keys_values = into[i]
             kv.append(keys_values)
 
-        targets = torch.tensor([[(layout.end, *yx) for yx in image_grid(*grid)] for layout in layouts], device=device)
+        targets = torch.tensor([[(layout.end, *yx) for yx in image_grid(*grid)] for layout in layouts],
+                               device=device)
         mask = None
         if min(lengths) < size:
             real = torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -361,11 +392,14 @@ class FlowTransformer(nn.Module):
 
     def embed_prompts(self, prompts, layouts, device, dtype):
         """What enters the first block, per prompt (S, D): text and source images in their order."""
-        embeds = [prompt.embeds[~torch.tensor(prompt.slots, device=prompt.embeds.device)] for prompt in prompts]
+        embeds = [prompt.embeds[~torch.tensor(prompt.slots, device=prompt.embeds.device)]
+                  for prompt in prompts]
         text = self.txt_in["in_layer"](self.txt_in["text_norm"](torch.cat(embeds).to(device, dtype)))
-        text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))  # all text tokens of all prompts, (-, D)
+        # all text tokens of all prompts, (-, D)
+        text = self.txt_in["out_layer"](F.gelu(text, approximate="tanh"))
         latents = [source.flatten(1).T.to(device, dtype) for prompt in prompts for source in prompt.sources]
-        image = self.img_in(torch.cat([text.new_empty(0, self.config["in_channels"]), *latents]))  # of all images, (-, D)
+        # of all images, (-, D)
+        image = self.img_in(torch.cat([text.new_empty(0, self.config["in_channels"]), *latents]))
         found, used = [], {False: 0, True: 0}
         for layout in layouts:
             parts = [image[:0]]  # keeps img_in in every graph: all ranks must reduce the same gradients
@@ -377,19 +411,21 @@ class FlowTransformer(nn.Module):
         return found
 
     def velocity(self, x, t, prefix):
-        """Velocity of the target tokens, without guidance. x (B, N, C) fp32, t (B,) fp32 -> (B, N, C) fp32."""
+        """Velocity of the target tokens, without guidance. x (B, N, C) fp32, t (B,) fp32 -> (B, N, C) fp32.
+        """
         rope = select_prompts(prefix.rope, prefix.index, len(x))
         mask = None if prefix.mask is None else select_prompts(prefix.mask, prefix.index, len(x))
         time = self.embed_time(t)
         h, modulation = self.img_in(x.to(self.img_in.weight.dtype)), self.modulate(time)  # h (B, N, D)
         for block, past in zip(self.transformer_blocks, prefix.kv):
             h, _ = self.run_block(block, h, modulation, rope, past, prefix.index, mask)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
+        h = F.layer_norm(h, h.shape[-1:],
+                         eps=self.eps) * (1 + self.norm_out["linear"](F.silu(time)).unsqueeze(1))
         return self.proj_out(h).float()
 
     def anchor(self, zero):
-        """Zero, with a graph: its backward pass changes no gradient, but lets FSDP reduce those that are there. (Before torch 2.13
-        FSDP fails on a GPU where the root is called without an argument.)"""
+        """Zero, with a graph: its backward pass changes no gradient, but lets FSDP reduce those that are
+        there. (Before torch 2.13 FSDP fails on a GPU where the root is called without an argument.)"""
         return zero * self.img_in.weight.sum()
 
 
@@ -442,10 +478,11 @@ class MiddleBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, a 2x downsampling unless `temporal` is None, and a parameter-free shortcut around both.
+    """Residual blocks, a 2x downsampling unless `temporal` is None, and a parameter-free shortcut around
+    both.
 
-    The shortcut averages the 2x2 pixels (and, in temporal stages, an empty earlier frame) of a channel into the
-    output channels: the video autoencoder's shortcut for a single frame.
+    The shortcut averages the 2x2 pixels (and, in temporal stages, an empty earlier frame) of a channel into
+    the output channels: the video autoencoder's shortcut for a single frame.
     """
 
     def __init__(self, channels, out, blocks, temporal):
@@ -459,7 +496,7 @@ class DownBlock(nn.Module):
         h = self.resnets(x)
         if self.downsampler is None:
             return h + x.unflatten(1, (self.out, -1)).mean(2)
-        pixels = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))  # (B, C, 4, h/2, w/2)
+        pixels = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))                   # (B, C, 4, h/2, w/2)
         if self.temporal:
             pixels = torch.cat([torch.zeros_like(pixels), pixels], dim=2)
         shortcut = pixels.flatten(1, 2).unflatten(1, (self.out, -1)).mean(2)
@@ -481,7 +518,7 @@ class UpBlock(nn.Module):
         if self.upsampler is None:
             return h
         pixels = x.repeat_interleave(self.out * self.frames * 4 // x.shape[1], dim=1)
-        pixels = pixels.unflatten(1, (self.out, self.frames, 4))[:, :, -1]  # (B, out, 4, h, w)
+        pixels = pixels.unflatten(1, (self.out, self.frames, 4))[:, :, -1]                 # (B, out, 4, h, w)
         return self.upsampler["resample"](h) + F.pixel_shuffle(pixels.flatten(1, 2), 2)
 
 
@@ -489,7 +526,9 @@ class Encoder(nn.Module):
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*(DownBlock(*stage) for stage in zip(dims, dims[1:], itertools.repeat(blocks), [*temporal, None])))
+        self.down_blocks = nn.Sequential(*(DownBlock(*stage)
+                                           for stage in zip(dims, dims[1:], itertools.repeat(blocks),
+                                                            [*temporal, None])))
         self.mid_block = MiddleBlock(dims[-1])
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], latent, 3, padding=1)
 
@@ -502,7 +541,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
         self.mid_block = MiddleBlock(dims[0])
-        self.up_blocks = nn.Sequential(*(UpBlock(*stage) for stage in zip(dims, dims[1:], itertools.repeat(blocks), [*temporal, None])))
+        self.up_blocks = nn.Sequential(*(UpBlock(*stage)
+                                         for stage in zip(dims, dims[1:], itertools.repeat(blocks),
+                                                          [*temporal, None])))
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], channels, 3, padding=1)
 
     def forward(self, x):
@@ -510,17 +551,22 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Qwen-Image-2.1's autoencoder for one still RGBA image: 16x downsampling, `z_dim` channels, plain 2D operations.
+    """Qwen-Image-2.1's autoencoder for one still RGBA image: 16x downsampling, `z_dim` channels, plain 2D
+    operations.
 
-    Its checkpoint is a video model's; the temporal convolutions (`UNUSED_VAE_KEYS`) never act on a single frame.
+    Its checkpoint is a video model's; the temporal convolutions (`UNUSED_VAE_KEYS`) never act on a single
+    frame.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         base, decoder_base = config["base_dim"], config["decoder_base_dim"] or config["base_dim"]
-        mult, blocks, temporal, z_dim = (config[key] for key in ("dim_mult", "num_res_blocks", "temperal_downsample", "z_dim"))
-        self.encoder = Encoder(config["in_channels"], [base * m for m in [1] + mult], 2 * z_dim, blocks, temporal)
+        mult, blocks, temporal, z_dim = (config[key]
+                                         for key in ("dim_mult", "num_res_blocks", "temperal_downsample",
+                                                     "z_dim"))
+        self.encoder = Encoder(config["in_channels"], [base * m for m in [1] + mult], 2 * z_dim, blocks,
+                               temporal)
         self.quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
         self.post_quant_conv = nn.Conv2d(z_dim, z_dim, 1)
         dims = [decoder_base * m for m in [mult[-1]] + mult[::-1]]
@@ -528,10 +574,12 @@ class VAE(nn.Module):
 
     def normalisation(self, device):
         """Latent mean and std of the config, each (C, 1, 1) fp32."""
-        return (torch.tensor(self.config[key], device=device)[:, None, None] for key in ("latents_mean", "latents_std"))
+        return (torch.tensor(self.config[key], device=device)[:, None, None]
+                for key in ("latents_mean", "latents_std"))
 
     def encode(self, images):
-        """images (B, 4, H, W) in [-1, 1] -> normalised latents (B, C, H/16, W/16) fp32, the posterior's mode."""
+        """images (B, 4, H, W) in [-1, 1] -> normalised latents (B, C, H/16, W/16) fp32, the posterior's mode.
+        """
         mean, std = self.normalisation(images.device)
         moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
         return (moments.float().chunk(2, dim=1)[0] - mean) / std
@@ -543,7 +591,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents)).float().clamp(-1, 1)
 
 
-# ---- 2. prompts: Qwen3-VL through transformers ---------------------------------------------------------------
+# ---- 2. prompts: Qwen3-VL through transformers -------------------------------------------------------------
 
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -558,35 +606,45 @@ def as_text(text):
 
 
 def prompt_text(prompt, images=0):
-    """The template the checkpoint was trained with; an empty prompt becomes a space because Qwen has no BOS token."""
+    """The template the checkpoint was trained with; an empty prompt becomes a space because Qwen has no BOS
+    token.
+    """
     pictures = " ".join(f"<image{i + 1}>{IMAGE}" for i in range(images))
     return f"{SYSTEM}<|im_start|>user\n{pictures}{as_text(prompt) or ' '}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Processor:
-    """Tokenizer and image processor of a Qwen-VL directory, without the stock class, whose video part needs torchvision."""
+    """Tokenizer and image processor of a Qwen-VL directory, without the stock class, whose video part needs
+    torchvision.
+    """
 
     def __init__(self, directory):
         from transformers import AutoTokenizer
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the public name wants torchvision before 5.19
+        # the public name wants torchvision before 5.19
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
         self.tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-        self.image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")  # the same pixels with torchvision or not
+        # the same pixels with torchvision or not
+        self.image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
         self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __call__(self, texts, images=()):
-        """texts hold one <|image_pad|> per image; images is the flat list of RGB images in the order of the texts.
+        """texts hold one <|image_pad|> per image; images is the flat list of RGB images in the order of the
+        texts.
 
-        Returns the model's keyword arguments as CPU tensors (`.to(device)` moves them), texts padded on the left.
+        Returns the model's keyword arguments as CPU tensors (`.to(device)` moves them), texts padded on the
+        left.
         """
         from transformers import BatchEncoding
         if images:
             pixels = self.image_processor(images=list(images), return_tensors="pt")
             counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
-            texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text) for text in texts]
+            texts = [re.sub(r"<\|image_pad\|>", lambda _: "<|image_pad|>" * next(counts), text)
+                     for text in texts]
         ids = [self.tokenize(text) for text in texts]
         padding = [max(map(len, ids)) - len(row) for row in ids]
         inputs = BatchEncoding({
-            "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(padding, ids)]),
+            "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * n + row
+                                       for n, row in zip(padding, ids)]),
             "attention_mask": torch.tensor([[0] * n + [1] * len(row) for n, row in zip(padding, ids)])})
         if images:
             inputs.update(pixels, mm_token_type_ids=(inputs["input_ids"] == self.image_token).long())
@@ -594,21 +652,25 @@ class Processor:
 
     def tokenize(self, text):
         """Token ids; nothing is added."""
-        return [token for part in text.split(CUT) for token in self.tokenizer(part, add_special_tokens=False).input_ids]
+        return [token for part in text.split(CUT)
+                for token in self.tokenizer(part, add_special_tokens=False).input_ids]
 
 
 def load_vlm(directory, device, dtype):
-    """Any image-text-to-text checkpoint transformers knows, frozen. Its logits are fp32: see `fp32_logits`."""
+    """Any image-text-to-text checkpoint transformers knows, frozen. Its logits are fp32: see `fp32_logits`.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    vlm = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+    vlm = AutoModelForImageTextToText.from_pretrained(directory,
+                                                      dtype=dtype).to(device).eval().requires_grad_(False)
     return fp32_logits(vlm)
 
 
 def fp32_logits(vlm):
-    """Make the output head multiply in fp32, whatever the rest computes in: near 20 logits in bf16 are 0.125 apart, so that the
-    scores of Eq. 12 would come in steps wider than what the pictures of a group differ by."""
+    """Make the output head multiply in fp32, whatever the rest computes in: near 20 logits in bf16 are 0.125
+    apart, so that the scores of Eq. 12 would come in steps wider than what the pictures of a group differ by.
+    """
     head = vlm.get_output_embeddings()
     head.forward = lambda hidden: F.linear(hidden.float(), head.weight.float(), head.bias)
     return vlm
@@ -629,19 +691,21 @@ MAX_SIDES, MAX_PIXELS = 16, 64 * 2**20  # of a picture: longer side over shorter
 
 
 def open_picture(path):
-    """Any picture file as RGBA, turned as its camera says, whole. 16 bits of grey are scaled to 8; what has no such reading is a
-    UserError that names the file."""
+    """Any picture file as RGBA, turned as its camera says, whole. 16 bits of grey are scaled to 8; what has
+    no such reading is a UserError that names the file."""
     try:
         image = Image.open(path)
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDES * min(width, height):
-            raise UserError(f"{path}: {width} x {height} pixels; want at most {MAX_PIXELS / 1e6:.0f} million, and sides of at most "
-                            f"{MAX_SIDES}:1")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a second, smaller picture
+            raise UserError(f"{path}: {width} x {height} pixels; want at most {MAX_PIXELS / 1e6:.0f} "
+                            f"million, and sides of at most {MAX_SIDES}:1")
+        # a camera's JPEG with a second, smaller picture
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UserError(f"{path}: {image.n_frames} pictures in one file; save the one that is meant")
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-            raise UserError(f"{path}: numbers whose range is not known (mode {image.mode}); save it with 8 bits a channel")
+            raise UserError(f"{path}: numbers whose range is not known (mode {image.mode}); save it with 8 "
+                            "bits a channel")
         if image.mode.startswith("I"):  # PIL's own conversion would clip 16 bits to white
             image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
         return image.convert("RGBA")
@@ -650,7 +714,9 @@ def open_picture(path):
 
 
 def check_pictures(places):
-    """Open every picture of {path: where it is named} now and not in the middle of a run. The ranks share the work; all ranks call."""
+    """Open every picture of {path: where it is named} now and not in the middle of a run. The ranks share the
+    work; all ranks call.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def trouble(path):
@@ -673,8 +739,8 @@ def on_white(image):
 
 @dataclass
 class Request:
-    """One line of a prompt file. category chooses reward weights, task a teacher; sources are paths of source images (edits); record is
-    the whole line, for function rewards that ask for more."""
+    """One line of a prompt file. category chooses reward weights, task a teacher; sources are paths of source
+    images (edits); record is the whole line, for function rewards that ask for more."""
 
     prompt: str
     category: str = "general"
@@ -721,18 +787,20 @@ def check_keys(where, record, known):
 def load_prompts(path):
     """Prompt file -> [Request], text-to-image first; a prompt's id is its place in this list. All ranks call.
 
-    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file, "task"?: ...}, and further keys for
-    function rewards. A file whose name ends in .txt holds one prompt a line.
+    JSON Lines: {"prompt": ..., "category"?: ..., "source"?: path or [paths], relative to the file, "task"?:
+    ...}, and further keys for function rewards. A file whose name ends in .txt holds one prompt a line.
     """
     path, requests, places = Path(path), [], {}
     if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise UserError(f"{path}: want a prompt file in JSON Lines (.jsonl), or with one prompt a line (.txt)")
+        raise UserError(f"{path}: want a prompt file: JSON Lines (.jsonl), or one prompt a line (.txt)")
     for number, line in read_lines(path):
         try:
             record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             sources = record.get("source") or ()
-            sources = tuple(str(path.parent / source) for source in ([sources] if isinstance(sources, str) else sources))
-            request = Request(record["prompt"], record.get("category", "general"), sources, record.get("task", ""), record)
+            sources = tuple(str(path.parent / source)
+                            for source in ([sources] if isinstance(sources, str) else sources))
+            request = Request(record["prompt"], record.get("category", "general"), sources,
+                              record.get("task", ""), record)
             if {type(x) for x in (request.prompt, request.category, request.task)} != {str}:
                 raise TypeError('"prompt", "category" and "task" are strings')
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -752,7 +820,8 @@ def load_prompts(path):
 
 
 class TextEncoder:
-    """Qwen3-VL as condition encoder: the last layer's output before the final norm, without the system turn."""
+    """Qwen3-VL as condition encoder: the last layer's output before the final norm, without the system turn.
+    """
 
     def __init__(self, directory, device, dtype):
         self.processor = Processor(os.path.join(directory, "processor"))
@@ -762,11 +831,13 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompt, images=()):
-        """One prompt and its source images (as the VAE gets them) -> (embeds (L, E) on the CPU, slots [bool] * L).
+        """One prompt and its source images (as the VAE gets them) -> (embeds (L, E) on the CPU, slots [bool]
+        * L).
 
         One at a time, so that an embedding never depends on what else was in a batch.
         """
-        inputs = self.processor([prompt_text(prompt, len(images))], [on_white(image) for image in images]).to(self.device)
+        inputs = self.processor([prompt_text(prompt, len(images))],
+                                [on_white(image) for image in images]).to(self.device)
         states, norm = [], self.vlm.model.language_model.norm
         hook = norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
         self.vlm.model(**inputs, use_cache=False)
@@ -787,22 +858,26 @@ def fit(image, area):
 
 def to_pixels(images):
     """PIL images of one size -> (B, 4, H, W) in [-1, 1]."""
-    return torch.stack([torch.from_numpy(np.array(i.convert("RGBA"))) for i in images]).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGBA"))) for image in images])
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_images(pixels):
     """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
     if not pixels.isfinite().all():
-        raise UserError("the network draws NaN: its weights are damaged or overflow; go back to an earlier model, with a lower --lr")
-    return [Image.fromarray(rgba) for rgba in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+        raise UserError("the network draws NaN: its weights are damaged or overflow; go back to an earlier "
+                        "model, with a lower --lr")
+    return [Image.fromarray(rgba)
+            for rgba in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @torch.no_grad()
 def encode_prompts(root, vae, requests, grid, device):
     """{id: Request} -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
 
-    The branch without text keeps its images; without images it is one object for all. grid: the output's latents, (height, width); each
-    source is resized to as many pixels. The text encoder is loaded for this call and released.
+    The branch without text keeps its images; without images it is one object for all. grid: the output's
+    latents, (height, width); each source is resized to as many pixels. The text encoder is loaded for this
+    call and released.
     """
     encoder = TextEncoder(root, device, compute_dtype(device))
     empty, encoded, odd = Prompt(*encoder.encode(" "), []), {}, 0
@@ -813,24 +888,29 @@ def encode_prompts(root, vae, requests, grid, device):
         without = Prompt(*encoder.encode(" ", images), latents) if images else empty
         encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
     if odd and is_first("aspect"):
-        print(f"{odd} edits have a source of another aspect than their output, which is {16 * grid[1]}x{16 * grid[0]} for all")
+        print(f"{odd} edits have a source of another aspect than their output, which is "
+              f"{16 * grid[1]}x{16 * grid[0]} for all")
     del encoder
     free_memory()
     return encoded
 
 
 def free_memory():
-    """Give back what nothing refers to any more; transformers models are reference cycles, which only gc frees."""
+    """Give back what nothing refers to any more; transformers models are reference cycles, which only gc
+    frees.
+    """
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without CUDA
 
 
-# ---- 3. checkpoints ------------------------------------------------------------------------------------------
+# ---- 3. checkpoints ----------------------------------------------------------------------------------------
 #
-# The hub layout: model_index.json, transformer/, vae/, text_encoder/, processor/, scheduler/ (and rewards/ if any).
+# The hub layout: model_index.json, transformer/, vae/, text_encoder/, processor/, scheduler/ (and rewards/ if
+# any).
 
 WEIGHTS = "diffusion_pytorch_model"
-UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")  # temporal; never act on one frame
+# temporal; never act on one frame
+UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")
 SHARD_BYTES = 5 * 10**9
 
 
@@ -838,24 +918,28 @@ PIPELINE = "QwenImage21Pipeline"
 
 
 def find_model(name):
-    """A local directory or a hub id -> the directory, checked to be a model of this architecture. All ranks call."""
+    """A local directory or a hub id -> the directory, checked to be a model of this architecture. All ranks
+    call.
+    """
     directory = download(name, check=lambda fetch: read_config(fetch("model_index.json"), PIPELINE))
     read_config(directory / "model_index.json", PIPELINE)
     for part in ("transformer", "vae", "text_encoder", "processor", "scheduler"):
         if (directory / part).is_symlink() and not (directory / part).exists():
-            raise UserError(f"{directory / part} is a link to {os.readlink(directory / part)}, which is gone: put the base model back there")
+            raise UserError(f"{directory / part} is a link to {os.readlink(directory / part)}, which is "
+                            "gone: put the base model back there")
         if not (directory / part).is_dir():
             raise UserError(f"{directory}: there is no {part}/; the directory is not a complete model")
     return directory
 
 
 def download(name, check=None):
-    """A local directory, or a hub id, which is fetched once per machine -> the directory. check(fetch), fetch(file) -> path of one file of
-    a repository, may refuse it before all of it is fetched."""
+    """A local directory, or a hub id, which is fetched once per machine -> the directory. check(fetch),
+    fetch(file) -> path of one file of a repository, may refuse it before all of it is fetched."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.endswith((".gguf", ".safetensors", ".ckpt", ".pt")):
-        raise UserError(f"{name}: want a directory in the hub's layout or a hub id; single files, such as GGUF, are not supported")
+        raise UserError(f"{name}: want a directory in the hub's layout or a hub id; single files, such as "
+                        "GGUF, are not supported")
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -914,14 +998,16 @@ def open_weights(path):
 def load_weights(module, directory, unused=None):
     """Fill a module's storage from safetensors, in place, in its own dtype and on its own device.
 
-    Keys must be equal as sets, except those that match the pattern `unused`; shapes must be equal and dtypes floating.
-    Each tensor is read on its own; of a sharded parameter a rank reads only its rows, and nothing is communicated.
+    Keys must be equal as sets, except those that match the pattern `unused`; shapes must be equal and dtypes
+    floating. Each tensor is read on its own; of a sharded parameter a rank reads only its rows, and nothing
+    is communicated.
     """
     files, params = weight_files(directory), dict(module.named_parameters())
     found = {key for key in files if not (unused and unused.search(key))}
     for title, keys in (("missing", params.keys() - found), ("unexpected", found - params.keys())):
         if keys:
-            raise UserError(f"{directory}: {len(keys)} {title} tensors, among them {', '.join(sorted(keys)[:5])}")
+            raise UserError(f"{directory}: {len(keys)} {title} tensors, among them "
+                            f"{', '.join(sorted(keys)[:5])}")
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in sorted(key for key in found if files[key] == path):
@@ -929,9 +1015,11 @@ def load_weights(module, directory, unused=None):
                     raise UserError(f"{path}: {key} is missing, though the index says it is there")
                 rows, param = file.get_slice(key), params[key]
                 if list(rows.get_shape()) != list(param.shape):
-                    raise UserError(f"{path}: {key} has shape {rows.get_shape()}, the model wants {list(param.shape)}")
+                    raise UserError(f"{path}: {key} has shape {rows.get_shape()}, the model wants "
+                                    f"{list(param.shape)}")
                 if rows.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                    raise UserError(f"{path}: {key} is {rows.get_dtype()}; want BF16, F16 or F32: quantised weights (fp8, int8) are not "
+                    raise UserError(f"{path}: {key} is {rows.get_dtype()}; want BF16, F16 or F32: quantised "
+                                    "weights (fp8, int8) are not "
                                      "supported")
                 local = param.to_local() if isinstance(param, DTensor) else param.data
                 first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
@@ -940,7 +1028,9 @@ def load_weights(module, directory, unused=None):
 
 
 def without_storage(kind, path, name, dtype):
-    """A network of the config at `path`, whose _class_name is `name`, on the meta device; what the config lacks is named."""
+    """A network of the config at `path`, whose _class_name is `name`, on the meta device; what the config
+    lacks is named.
+    """
     config = read_config(path, name)
     try:
         with torch.device("meta"):
@@ -965,10 +1055,11 @@ def materialise(module, root, device):
 
 
 def compile_blocks(*networks):
-    """Fuse the elementwise work of the blocks (--compile). Prefix and targets, with and without mask and gradient, are more variants
-    than the usual limit of 8."""
+    """Fuse the elementwise work of the blocks (--compile). Prefix and targets, with and without mask and
+    gradient, are more variants than the usual limit of 8."""
     limit = {"recompile_limit": 64}
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # before torch 2.13 the setting holds for all threads
+    # before torch 2.13 the setting holds for all threads
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         torch._dynamo.config.recompile_limit, limit = limit["recompile_limit"], {}
     for network in networks:
         for block in network.transformer_blocks:
@@ -976,7 +1067,8 @@ def compile_blocks(*networks):
 
 
 def load_vae(root, device, dtype):
-    vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21", dtype).to_empty(device=device)
+    vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21",
+                          dtype).to_empty(device=device)
     vae.to(memory_format=torch.channels_last)  # in which convolutions take half the time
     return load_weights(vae, root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
 
@@ -984,8 +1076,8 @@ def load_vae(root, device, dtype):
 def save_model(directory, base, transformer, guidance, trained_on):
     """Write a model directory in the hub layout: bf16 transformer shards, everything frozen linked to `base`.
 
-    Every rank calls it, rank 0 writes. guidance: the recommended scale, and trained_on: names of rewards, are kept in
-    model_index.json. The directory appears under its name only when it is complete.
+    Every rank calls it, rank 0 writes. guidance: the recommended scale, and trained_on: names of rewards, are
+    kept in model_index.json. The directory appears under its name only when it is complete.
     """
     from huggingface_hub import save_torch_state_dict
     directory = Path(directory)
@@ -1001,12 +1093,14 @@ def save_model(directory, base, transformer, guidance, trained_on):
                 (part / path.name).symlink_to(path.resolve())
         index = read_config(base / "model_index.json")
         old = index.get("_sampling", {})
-        index["_sampling"] = old | {"guidance_scale": guidance, "trained_on": sorted({*old.get("trained_on", ()), *trained_on})}
+        index["_sampling"] = old | {"guidance_scale": guidance,
+                                    "trained_on": sorted({*old.get("trained_on", ()), *trained_on})}
         write_text(part / "model_index.json", json.dumps(index, indent=2))
         write_text(part / "transformer" / "config.json", json.dumps(transformer.config, indent=2))
     weights = full_weights(transformer)
     if rank == 0:
-        save_torch_state_dict(weights, part / "transformer", filename_pattern=WEIGHTS + "{suffix}.safetensors",
+        save_torch_state_dict(weights, part / "transformer",
+                              filename_pattern=WEIGHTS + "{suffix}.safetensors",
                               max_shard_size=SHARD_BYTES)
         as_umask_says(part / "transformer")
         remove(directory)
@@ -1016,17 +1110,22 @@ def save_model(directory, base, transformer, guidance, trained_on):
 
 
 def as_umask_says(directory):
-    """Give the weights in a directory the permissions of their config; safetensors makes them readable by their owner alone."""
+    """Give the weights in a directory the permissions of their config; safetensors makes them readable by
+    their owner alone.
+    """
     for path in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", path)
 
 
 @torch.no_grad()
 def full_weights(model):
-    """All weights of a sharded or plain model, in bf16 on the CPU, on rank 0; nothing elsewhere. All ranks call."""
+    """All weights of a sharded or plain model, in bf16 on the CPU, on rank 0; nothing elsewhere. All ranks
+    call.
+    """
     release(model)
     weights, keep = {}, not dist.is_initialized() or dist.get_rank() == 0
-    for name, param in model.state_dict().items():  # rounded before they are gathered: one at a time, half the bytes
+    # rounded before they are gathered: one at a time, half the bytes
+    for name, param in model.state_dict().items():
         whole = param.to(torch.bfloat16)
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if keep:
@@ -1035,15 +1134,20 @@ def full_weights(model):
 
 
 def checkpoint_state(model, optimizer, old):
-    """What a checkpoint holds. old: this rank's rows of other weights of the same model in host memory, if there are any."""
+    """What a checkpoint holds. old: this rank's rows of other weights of the same model in host memory, if
+    there are any.
+    """
     weights, moments = get_state_dict(model, optimizer)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    rows = {name: DTensor.from_local(row, mesh, [Shard(0)]) for (name, _), row in zip(model.named_parameters(), old or ())}
+    rows = {name: DTensor.from_local(row, mesh, [Shard(0)])
+            for (name, _), row in zip(model.named_parameters(), old or ())}
     return {"model": weights, "optimizer": moments, "old": rows}
 
 
 def save_checkpoint(directory, step, model, optimizer, old=None, keep=False):
-    """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete, or `keep`. All ranks call."""
+    """Everything needed to go on bit for bit, as directory/step-N; older ones go once it is complete, or
+    `keep`. All ranks call.
+    """
     name, part = directory / f"step-{step:06d}", directory / f"step-{step:06d}.part"
     if dist.get_rank() == 0:
         remove(part)
@@ -1063,7 +1167,8 @@ def save_checkpoint(directory, step, model, optimizer, old=None, keep=False):
 
 
 def load_checkpoint(directory, model, optimizer, old=None):
-    """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without one.
+    """Restore the newest complete checkpoint, written by any number of ranks; returns its step, 0 without
+    one.
 
     Its metadata are pickled: resume only runs of your own.
     """
@@ -1097,7 +1202,8 @@ def create_shared(directory):
     if dist.get_rank() == 0:
         token.rmdir()
     if hosts:
-        raise UserError(f"{directory.resolve()} on {hosts[0]} is not the directory of that name that rank 0 has: start all nodes in the "
+        raise UserError(f"{directory.resolve()} on {hosts[0]} is not the directory of that name that rank 0 "
+                        "has: start all nodes in the "
                       "same directory of a disk that they share")
 
 
@@ -1110,20 +1216,23 @@ def remove(directory):
         shutil.rmtree(directory)
 
 
-# ---- 4. flow maths and sampler -------------------------------------------------------------------------------
+# ---- 4. flow maths and sampler -----------------------------------------------------------------------------
 
 
 def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
     """The sampling grid t_0 = 1 > ... > t_T = 0 of a FlowMatchEuler scheduler config: (T+1,) fp32.
 
-    tokens: target tokens of one image (they set the dynamic shift). sample_sigmas override `steps` and still pass
-    through the shift, as in diffusers.
+    tokens: target tokens of one image (they set the dynamic shift). sample_sigmas override `steps` and still
+    pass through the shift, as in diffusers.
     """
-    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+             "stochastic_sampling")
     unsupported = [flag for flag in flags if scheduler.get(flag)]
     if unsupported or scheduler.get("time_shift_type", "exponential") != "exponential":
-        raise UserError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not supported")
-    t = np.asarray(np.linspace(1, 1 / max(1, steps), max(0, steps)) if sample_sigmas is None else sample_sigmas, np.float32)
+        raise UserError(f"scheduler_config.json: {unsupported or scheduler['time_shift_type']} is not "
+                        "supported")
+    t = np.asarray(np.linspace(1, 1 / max(1, steps), max(0, steps)) if sample_sigmas is None
+                   else sample_sigmas, np.float32)
     if len(t) < 2 or not (np.diff(t) < 0).all():
         raise UserError("the sampler needs at least 2 steps, and sigmas that fall")
     if scheduler.get("use_dynamic_shifting"):
@@ -1140,24 +1249,28 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
 
 
 def sampling_settings(root, size=None, steps=None, cfg=None):
-    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t (T+1,), guidance
-    scale, which is 1 (none) where neither names one, as Qwen-Image-2.1 is meant to be sampled."""
+    """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t
+    (T+1,), guidance scale, which is 1 (none) where neither names one, as Qwen-Image-2.1 is meant to be
+    sampled."""
     index = read_config(root / "model_index.json")
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
     if height % 32 or width % 32:
         raise UserError(f"{height} x {width} pixels: sides must be multiples of 32")
     grid = height // 16, width // 16
-    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1], 40 if steps is None else steps,
+    t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1],
+                  40 if steps is None else steps,
                   index.get("sample_sigmas") if steps is None else None)
     return grid, t, own.get("guidance_scale", 1.0) if cfg is None else cfg
 
 
 def guidance_source(root, cfg, flag="--cfg"):
-    """Where a run's guidance scale comes from, for its header: the flag, if it was given, or the checkpoint."""
+    """Where a run's guidance scale comes from, for its header: the flag, if it was given, or the checkpoint.
+    """
     if cfg is not None:
         return flag
-    return f"of {root}" if "guidance_scale" in read_config(root / "model_index.json").get("_sampling", {}) else f"default: {root} names none"
+    named = "guidance_scale" in read_config(root / "model_index.json").get("_sampling", {})
+    return f"of {root}" if named else f"default: {root} names none"
 
 
 def noise_levels(t, steps, noise_level):
@@ -1181,17 +1294,20 @@ def image_generator(seed, step, prompt_id, image):
 
 
 def sde_mean_std(x, v, t, dt, sigma):
-    """Euler-Maruyama step of Eq. 5: the mean and std of x_{t+dt} given x_t. sigma = 0 is the Euler step of Eq. 3.
+    """Euler-Maruyama step of Eq. 5: the mean and std of x_{t+dt} given x_t. sigma = 0 is the Euler step of
+    Eq. 3.
 
-    x, v (B, N, C); t, dt < 0, sigma broadcast against them. The SDE runs backward in time, so its drift is that of Eq. 5
-    times dt and its noise is sigma sqrt(-dt). All fp32.
+    x, v (B, N, C); t, dt < 0, sigma broadcast against them. The SDE runs backward in time, so its drift is
+    that of Eq. 5 times dt and its noise is sigma sqrt(-dt). All fp32.
     """
-    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)                                                       # Eq. 5
+    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)                                                 # Eq. 5
     return x + drift * dt, sigma * (-dt).sqrt()
 
 
 def mean_shift(t, dt, sigma):
-    """kappa_t: by how many of its std a step's mean moves for a velocity smaller by 1, -d(mean)/dv / std of `sde_mean_std`."""
+    """kappa_t: by how many of its std a step's mean moves for a velocity smaller by 1, -d(mean)/dv / std of
+    `sde_mean_std`.
+    """
     return (-dt).sqrt() * (1 + sigma**2 * (1 - t) / (2 * t)) / sigma
 
 
@@ -1205,7 +1321,9 @@ def guided_velocity(model, x, t, cond, uncond=None, cfg=1.0):
 
 
 def denoise_step(model, b):
-    """One sampler step on static buffers `b`, in place: b.x becomes the next state. The definition the graph replays."""
+    """One sampler step on static buffers `b`, in place: b.x becomes the next state. The definition the graph
+    replays.
+    """
     t, dt, sigma = b.row
     v = guided_velocity(model, b.x, t.expand(len(b.x)), b.cond, b.uncond, b.cfg)
     mean, std = sde_mean_std(b.x, v, t, dt, sigma)
@@ -1213,7 +1331,9 @@ def denoise_step(model, b):
 
 
 def unique_prompts(prompts):
-    """One prompt per image -> the different ones (repeated prompts are the same object), and the place of each image's among them."""
+    """One prompt per image -> the different ones (repeated prompts are the same object), and the place of
+    each image's among them.
+    """
     unique = list({id(prompt): prompt for prompt in prompts}.values())
     place = {id(prompt): i for i, prompt in enumerate(unique)}
     return unique, [place[id(prompt)] for prompt in prompts]
@@ -1221,17 +1341,18 @@ def unique_prompts(prompts):
 
 def kv_shape(config, prompts):
     """Shape of the keys, or values, of one block for P different prompts: (P, H, S, head_dim)."""
-    return len(prompts), config["num_attention_heads"], max(map(prefix_tokens, prompts)), config["attention_head_dim"]
+    longest = max(map(prefix_tokens, prompts))
+    return len(prompts), config["num_attention_heads"], longest, config["attention_head_dim"]
 
 
 class Sampler:
     """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
 
-    A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new shape runs
-    eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights in place needs no new
-    capture. The prompts' keys and values are written into one arena, where those of all shapes lie in turn; it is made
-    for `longest` prefix tokens, so that it need not grow for a single prompt. `cudnn` takes cuDNN's attention, which the
-    trainer does not use. `drop` frees buffers and graphs.
+    A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new
+    shape runs eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights
+    in place needs no new capture. The prompts' keys and values are written into one arena, where those of all
+    shapes lie in turn; it is made for `longest` prefix tokens, so that it need not grow for a single prompt.
+    `cudnn` takes cuDNN's attention, which the trainer does not use. `drop` frees buffers and graphs.
     """
 
     def __init__(self, model, graphs, longest=0, cudnn=False):
@@ -1246,11 +1367,12 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, pairs, generators, grid, t, sigma, cfg, keep=()):
-        """Sample one image per pair (Prompt, Prompt without text); images of a prompt share the pair's objects.
+        """Sample one image per pair (Prompt, Prompt without text); images of a prompt share the pair's
+        objects.
 
-        generators: one per image; grid: (h, w) latents; t (T+1,), sigma (T,) as from `timesteps` and `noise_levels`;
-        cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and {k: (x_k, z_k)} for k in keep, z_k None where no noise was added
-        after x_k; all fp32.
+        generators: one per image; grid: (h, w) latents; t (T+1,), sigma (T,) as from `timesteps` and
+        `noise_levels`; cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and {k: (x_k, z_k)} for k in
+        keep, z_k None where no noise was added after x_k; all fp32.
         """
         device = self.model.img_in.weight.device
         shape = grid[0] * grid[1], self.model.config["in_channels"]
@@ -1283,7 +1405,8 @@ class Sampler:
                 b.graph = self.capture(b)
 
     def buffers(self, count, shape, branches):
-        """Static buffers for so many images of this shape, whose prompts are one list per branch of guidance."""
+        """Static buffers for so many images of this shape, whose prompts are one list per branch of guidance.
+        """
         unique = [unique_prompts(prompts) for prompts in branches]
         shapes = [kv_shape(self.model.config, prompts) for prompts, _ in unique]
         padded = [len({prefix_tokens(prompt) for prompt in prompts}) > 1 for prompts, _ in unique]
@@ -1300,8 +1423,10 @@ class Sampler:
         prefixes = [self.prefix_buffers(count, shape[0], part, *kind)
                     for part, *kind in zip(self.arena[:sum(sizes)].split(sizes), shapes, padded, indexed)]
         x = torch.zeros(count, *shape, device=self.arena.device)
-        self.entries[key] = SimpleNamespace(x=x, noise=torch.zeros_like(x), row=x.new_zeros(3), cfg=x.new_ones(()), graph=None,
-                                            cond=prefixes[0], uncond=prefixes[1] if len(prefixes) > 1 else None)
+        self.entries[key] = SimpleNamespace(x=x, noise=torch.zeros_like(x), row=x.new_zeros(3),
+                                            cfg=x.new_ones(()), graph=None,
+                                            cond=prefixes[0],
+                                            uncond=prefixes[1] if len(prefixes) > 1 else None)
         return self.entries[key]
 
     def prefix_buffers(self, count, tokens, part, shape, padded, indexed):
@@ -1309,7 +1434,8 @@ class Sampler:
         blocks = part.view(self.model.config["num_layers"], 2, *shape)
         device, head_dim = part.device, shape[-1]
         rope = torch.zeros(shape[0], tokens, head_dim // 2, 2, device=device)
-        mask = torch.ones(shape[0], 1, 1, shape[2] + tokens, dtype=torch.bool, device=device) if padded else None
+        mask = torch.ones(shape[0], 1, 1, shape[2] + tokens, dtype=torch.bool,
+                          device=device) if padded else None
         index = torch.zeros(count, dtype=torch.long, device=device) if indexed else None
         return Prefix([tuple(block) for block in blocks], rope, mask, index)
 
@@ -1338,24 +1464,28 @@ def draw_noise(generators, shape):
 
 def cudnn_attention():
     """cuDNN's attention first, for what runs inside."""
-    kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH]
     return sdpa_kernel(kinds, set_priority=True)
 
 
-MIXED_TOKENS = 1024  # target tokens up to which a batch may hold several prompts; beyond, one prompt fills the machine
+# target tokens up to which a batch may hold several prompts; beyond, one prompt fills the machine
+MIXED_TOKENS = 1024
 
 
 def split_batches(images, encoded, size, tokens):
     """[(step, prompt id, image number)], ordered by prompt, in batches of at most `size`.
 
-    A batch holds one prompt: no mask, the fastest attention, and the keys and values of one prefix. Only small pictures
-    (`tokens` each) share a batch with those of other prompts, as long as these have the same image layout.
+    A batch holds one prompt: no mask, the fastest attention, and the keys and values of one prefix. Only
+    small pictures (`tokens` each) share a batch with those of other prompts, as long as these have the same
+    image layout.
     """
     batch = []
     for image in images:
         if batch:
             first, new = batch[0][1], image[1]
-            mixes = (len(batch) + 1) * tokens <= MIXED_TOKENS and image_layout(encoded[first][0]) == image_layout(encoded[new][0])
+            few = (len(batch) + 1) * tokens <= MIXED_TOKENS
+            mixes = few and image_layout(encoded[first][0]) == image_layout(encoded[new][0])
             if len(batch) == size or not (new == first or mixes):
                 yield batch
                 batch = []
@@ -1365,17 +1495,19 @@ def split_batches(images, encoded, size, tokens):
 
 
 def sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
-    """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields (part of the list,
-    x_0 (B, N, C), states {k: (x_k, z_k) (B, N, C)})."""
+    """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields
+    (part of the list, x_0 (B, N, C), states {k: (x_k, z_k) (B, N, C)})."""
     for part in split_batches(images, encoded, batch, grid[0] * grid[1]):
-        pairs, generators = [encoded[prompt] for _, prompt, _ in part], [image_generator(seed, *key) for key in part]
+        pairs, generators = [encoded[i] for _, i, _ in part], [image_generator(seed, *key) for key in part]
         yield part, *sampler(pairs, generators, grid, t, sigma, cfg, keep)
 
 
 def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
-    """`sample`, decoded: yields (part of the list, PIL images, states). Decoding one 1024 px image takes 3 GiB at the real size."""
+    """`sample`, decoded: yields (part of the list, PIL images, states). Decoding one 1024 px image takes 3
+    GiB at the real size.
+    """
     for part, x0, states in sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep):
-        latents = x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // x0.shape[1])))                        # (B', C, h, w)
+        latents = x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // x0.shape[1])))          # (B', C, h, w)
         yield part, [image for few in latents for image in to_images(vae.decode(few))], states
 
 
@@ -1396,7 +1528,8 @@ def matmul_peak(device):
 
 
 def detach_prefix(prefix):
-    """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix graph.
+    """The same prefix with its keys and values as leaves, so that many backward passes can share one prefix
+    graph.
 
     Leaves are fp32, so that gradients of many micro-batches are summed in fp32.
     """
@@ -1409,21 +1542,30 @@ def backward_prefixes(prefixes, leaves):
     torch.autograd.backward(kv, [leaf.grad.to(x.dtype) for x, leaf in zip(kv, gathered)])
 
 
-# ---- 5. rewards ----------------------------------------------------------------------------------------------
+# ---- 5. rewards --------------------------------------------------------------------------------------------
 
 RUBRICS = {  # Sec. 3.2, 3.3
-    "alignment": "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in this "
-        "order: objects and their number, then attributes (colour, size, shape, material), then spatial relations, then "
-        "actions and poses. If an object is missing, wrong or miscounted, the score is at most 2.\nPrompt: {prompt}",
-    "aesthetic": "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful texture, "
-        "a coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. Do not judge what it shows.",
-    "portrait": "Rate the portrait from 1 to 5: an attractive face in right proportions with its own details, realistic skin "
-        "and hair, sound anatomy. Wrong numbers of fingers, distorted features or an unnatural body lower the score.",
-    "instruction": "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the "
-        "instruction: split it into core and auxiliary requirements; is the core met, are the auxiliary ones, is the whole "
-        "coherent? If the core is not met, the score is at most 2.\nInstruction: {prompt}",
-    "consistency": "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the instruction "
-        "does not touch is preserved: objects, people, background, layout, light, style.\nInstruction: {prompt}",
+    "alignment":
+        "Rate from 1 to 5 how faithfully the image shows what the prompt asks for; ignore beauty. Judge in "
+        "this order: objects and their number, then attributes (colour, size, shape, material), then spatial "
+        "relations, then actions and poses. If an object is missing, wrong or miscounted, the score is at "
+        "most 2.\nPrompt: {prompt}",
+    "aesthetic":
+        "Rate the visual quality of the image from 1 to 5: balanced composition, realistic light, faithful "
+        "texture, a coherent whole. Blur, colour casts, washed-out contrast and artefacts lower the score. "
+        "Do not judge what it shows.",
+    "portrait":
+        "Rate the portrait from 1 to 5: an attractive face in right proportions with its own details, "
+        "realistic skin and hair, sound anatomy. Wrong numbers of fingers, distorted features or an "
+        "unnatural body lower the score.",
+    "instruction":
+        "The last image is an edit of the images before it. Rate from 1 to 5 how well it carries out the "
+        "instruction: split it into core and auxiliary requirements; is the core met, are the auxiliary "
+        "ones, is the whole coherent? If the core is not met, the score is at most 2.\nInstruction: {prompt}",
+    "consistency":
+        "The last image is an edit of the images before it. Rate from 1 to 5 how well everything that the "
+        "instruction does not touch is preserved: objects, people, background, layout, light, style.\n"
+        "Instruction: {prompt}",
 }
 ANSWERS = ("\nAnswer with <score>N</score>, N from 1 to 5.",  # without and with reasoning
            "\nFirst describe the image and judge it, then answer with <score>N</score>, N from 1 to 5.")
@@ -1436,10 +1578,11 @@ VLM_LOCK = threading.Lock()  # local VLMs score one batch at a time
 class Reward:
     """One term R_k of Eq. 13.
 
-    score(images, prompts, sources) -> per image a number; None where the reward does not apply (no face to preserve);
-    an exception, or NaN, where scoring failed. A function with a parameter `records` gets the lines of the prompt file as well.
-    `categories` {category: weight} takes precedence over `weight`; where the weight is 0 nothing is asked. `range` is the scale on
-    which rewards are compared outside of training, None if it is not known.
+    score(images, prompts, sources) -> per image a number; None where the reward does not apply (no face to
+    preserve); an exception, or NaN, where scoring failed. A function with a parameter `records` gets the
+    lines of the prompt file as well. `categories` {category: weight} takes precedence over `weight`; where
+    the weight is 0 nothing is asked. `range` is the scale on which rewards are compared outside of training,
+    None if it is not known.
     """
 
     name: str
@@ -1454,8 +1597,12 @@ class Reward:
         return self.categories.get(request.category, self.weight)
 
     def __call__(self, images, requests):
-        """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never raises."""
-        answers, asked = [(UNDEFINED, "")] * len(images), [i for i, request in enumerate(requests) if self.weigh(request)]
+        """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never
+        raises.
+        """
+        answers, asked = [(UNDEFINED, "")] * len(images), [i
+                                                           for i, request in enumerate(requests)
+                                                           if self.weigh(request)]
         if not asked:
             return answers
         records = {"records": [requests[i].record for i in asked]} if wants_records(self.score) else {}
@@ -1465,8 +1612,10 @@ class Reward:
                                 [requests[i].images() for i in asked], **records)
             if len(scores) != len(asked):
                 raise ValueError(f"{len(scores)} scores for {len(asked)} images")
-            scores = [score if score is None or isinstance(score, Exception) else float(score) for score in scores]
-        except (Exception, SystemExit) as error:  # a reward is anyone's code or service: its failure is counted, not fatal
+            scores = [score if score is None or isinstance(score, Exception) else float(score)
+                      for score in scores]
+        # a reward is anyone's code or service: its failure is counted, not fatal
+        except (Exception, SystemExit) as error:
             scores, where = [error] * len(asked), raised_at(error)
             if not self.traceback_shown:  # one is enough
                 traceback.print_exception(error)
@@ -1479,7 +1628,8 @@ class Reward:
 
 
 def wants_records(score):
-    return not isinstance(score, (VLMScorer, RemoteScorer)) and "records" in inspect.signature(score).parameters
+    ours = isinstance(score, (VLMScorer, RemoteScorer))
+    return not ours and "records" in inspect.signature(score).parameters
 
 
 def raised_at(error):
@@ -1490,15 +1640,18 @@ def raised_at(error):
 
 
 def expected_score(logits, tokens):
-    """Eq. 12 with the mass renormalised over the five score tokens: logits (B, V) -> score (B,), mass (B,)."""
+    """Eq. 12 with the mass renormalised over the five score tokens: logits (B, V) -> score (B,), mass (B,).
+    """
     logits = logits.float()
-    p = logits[:, tokens].softmax(-1)                                                                        # p(s|x,c)
+    p = logits[:, tokens].softmax(-1)                                                               # p(s|x,c)
     mass = (logits[:, tokens].logsumexp(-1) - logits.logsumexp(-1)).exp()
-    return p @ torch.arange(1.0, 6.0, device=p.device), mass                                                 # Eq. 12
+    return p @ torch.arange(1.0, 6.0, device=p.device), mass                                        # Eq. 12
 
 
 def check_mass(score, mass):
-    """The score, or an exception where the VLM puts too little of its probability on the five scores to have answered."""
+    """The score, or an exception where the VLM puts too little of its probability on the five scores to have
+    answered.
+    """
     return score if mass >= 0.5 else ValueError(f"only {mass:.2g} of the probability is on the scores 1-5")
 
 
@@ -1506,7 +1659,8 @@ def score_tokens(tokenizer):
     """Token ids of the answers 1..5, each of which must be a single token."""
     ids = [tokenizer(score, add_special_tokens=False).input_ids for score in SCORES]
     if any(len(i) != 1 for i in ids):
-        raise UserError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot be read off")
+        raise UserError(f"{tokenizer.name_or_path}: the scores 1-5 are not single tokens, so Eq. 12 cannot "
+                        "be read off")
     return [i[0] for i in ids]
 
 
@@ -1517,21 +1671,24 @@ def question(rubric, prompt, reasoning):
 def score_text(tokenizer, rubric, prompt, images, reasoning):
     """The conversation up to the VLM's answer: pictures (sources first), then the question."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question(rubric, prompt, reasoning)}]
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                         add_generation_prompt=True)
 
 
 class VLMScorer:
     """A VLM that rates pictures from 1 to 5 by the distribution over its score tokens (Eq. 12).
 
-    vlm: the model, or its directory until `load_vlms` loads it; processor: directory of tokenizer and image processor; rubric: what is asked, with {prompt} where the prompt goes;
-    reasoning: tokens that it may think before it answers, 0 for none. Source images come first.
+    vlm: the model, or its directory until `load_vlms` loads it; processor: directory of tokenizer and image
+    processor; rubric: what is asked, with {prompt} where the prompt goes; reasoning: tokens that it may think
+    before it answers, 0 for none. Source images come first.
     """
 
     BATCH, PIXELS = 32, 8 * 2**20  # at most so many answers at once, or so many pixels of their pictures
 
     def __init__(self, vlm, processor, rubric, reasoning=0):
         self.vlm, self.processor, self.rubric, self.reasoning = vlm, Processor(processor), rubric, reasoning
-        self.tokens, self.mass = score_tokens(self.processor.tokenizer), None  # mass on the scores, mean of the last batch
+        # mass on the scores, mean of the last batch
+        self.tokens, self.mass = score_tokens(self.processor.tokenizer), None
 
     def __call__(self, images, prompts, sources):
         with VLM_LOCK:
@@ -1551,14 +1708,19 @@ class VLMScorer:
             thoughts = self.reason(texts, flat) if self.reasoning else [""] * len(texts)
             texts = [f"{text}{thought or ''}<score>" for text, thought in zip(texts, thoughts)]
             inputs = self.processor(texts, flat).to(self.vlm.device)
-            scores, masses = expected_score(self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1], self.tokens)
+            logits = self.vlm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+            scores, masses = expected_score(logits, self.tokens)
             for score, mass, thought in zip(scores.tolist(), masses.tolist(), thoughts):
-                cut = ValueError(f"no <score> within {self.reasoning + 16} tokens") if thought is None else None
-                answers.append((cut or check_mass(score, mass), mass, thought))
+                if thought is None:
+                    score = ValueError(f"no <score> within {self.reasoning + 16} tokens")
+                else:
+                    score = check_mass(score, mass)
+                answers.append((score, mass, thought))
         return answers
 
     def batches(self, asked):
-        """Cut lists of pictures into batches by their pixels, at least one a batch; yields their row numbers."""
+        """Cut lists of pictures into batches by their pixels, at least one a batch; yields their row numbers.
+        """
         rows, pixels = [], 0
         for i, pictures in enumerate(asked):
             size = sum(picture.width * picture.height for picture in pictures)
@@ -1573,37 +1735,47 @@ class VLMScorer:
     def reason(self, texts, images):
         """The VLM's own words up to <score>, None where it never got there."""
         inputs = self.processor(texts, images).to(self.vlm.device)
-        ids = self.vlm.generate(**inputs, max_new_tokens=self.reasoning + 16, do_sample=False)[:, inputs["input_ids"].shape[1]:]
-        words = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = self.vlm.generate(**inputs, max_new_tokens=self.reasoning + 16, do_sample=False)
+        ids = ids[:, inputs["input_ids"].shape[1]:]
+        words = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True,
+                                                      clean_up_tokenization_spaces=False)
         return [text.rpartition("<score>")[0] if "<score>" in text else None for text in words]
 
 
 class RemoteScorer:
     """A VLM behind an OpenAI-compatible endpoint (vLLM, SGLang), read through its top log-probs (Eq. 12).
 
-    The VLM writes its whole answer; the score is found from its end. What cannot be read is returned as an exception. model: the name
-    it is served under, needed where there are several and none is called as the reward. The key is OPENAI_API_KEY_NAME, NAME that of
-    the reward in capitals, or OPENAI_API_KEY.
+    The VLM writes its whole answer; the score is found from its end. What cannot be read is returned as an
+    exception. model: the name it is served under, needed where there are several and none is called as the
+    reward. The key is OPENAI_API_KEY_NAME, NAME that of the reward in capitals, or OPENAI_API_KEY.
     """
 
-    TIMEOUT, AWAY, PAUSE = 120, 300, 2  # seconds: for an answer, for a server to come back, between looks for it
-    RETRIES, CONCURRENCY, SILENT = 3, 16, 8  # after the first try; requests at a time; time-outs in a row that are enough
+    # seconds: for an answer, for a server to come back, between looks for it
+    TIMEOUT, AWAY, PAUSE = 120, 300, 2
+    # after the first try; requests at a time; time-outs in a row that are enough
+    RETRIES, CONCURRENCY, SILENT = 3, 16, 8
 
     def __init__(self, name, url, rubric="", reasoning=0, model=None):
-        self.name, self.url, self.rubric, self.reasoning, self.mass = name, url.rstrip("/"), rubric, reasoning, None
-        self.key = os.environ.get(f"OPENAI_API_KEY_{name.upper()}") or os.environ.get("OPENAI_API_KEY", "none")
+        self.name, self.url, self.rubric, self.reasoning = name, url.rstrip("/"), rubric, reasoning
+        self.mass = None  # on the scores, mean of the last batch
+        keys = (f"OPENAI_API_KEY_{name.upper()}", "OPENAI_API_KEY")
+        self.key = next((os.environ[key] for key in keys if os.environ.get(key)), "none")
         here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy leads back to this machine
+        # no proxy leads back to this machine
+        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)
         self.pool, self.silent, self.away, self.told = ThreadPoolExecutor(self.CONCURRENCY), 0, None, set()
         try:
             served = [entry["id"] for entry in self.request("/models")["data"]]
             if not served:
                 raise ValueError("it serves no model")
         except Exception as error:
-            raise UserError(f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}") from None
-        named = [model] if model else served if len(served) == 1 else [each for each in served if Path(each).name == name]
+            message = f"{self.url}/models does not answer as an OpenAI-compatible server: {error!r}"
+            raise UserError(message) from None
+        named = [each for each in served if Path(each).name == name] if len(served) > 1 else served
+        named = [model] if model else named
         if len(named) != 1 or named[0] not in served:
-            raise UserError(f'{self.url} serves {", ".join(served)}: say which is reward {name} with "model" in a reward file')
+            raise UserError(f'{self.url} serves {", ".join(served)}: say which is reward {name} with "model" '
+                            'in a reward file')
         self.model = named[0]
 
     def __call__(self, images, prompts, sources):
@@ -1622,7 +1794,8 @@ class RemoteScorer:
         """(score or exception, probability mass on the scores or None) of one picture."""
         try:
             if self.silent >= self.SILENT:
-                raise TimeoutError(f"not asked, as {self.url} let {self.silent} requests in a row wait {self.TIMEOUT} s")
+                raise TimeoutError(f"not asked, as {self.url} let {self.silent} requests in a row wait "
+                                   f"{self.TIMEOUT} s")
             content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
             content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
             body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
@@ -1630,15 +1803,19 @@ class RemoteScorer:
             choice = self.request("/chat/completions", body)["choices"][0]
             p = score_probabilities((choice.get("logprobs") or {}).get("content") or [])
             if p is None:
-                raise ValueError(f"no log-probs of <score>1-5</score> (finish_reason {choice.get('finish_reason')}); a VLM that thinks "
-                                 'first needs "reasoning": TOKENS in a reward file, as train_reward.py prints it')
+                raise ValueError(f"no log-probs of <score>1-5</score> (finish_reason "
+                                 f"{choice.get('finish_reason')}); a VLM that thinks "
+                                 'first needs "reasoning": TOKENS in a reward file, as train_reward.py '
+                                 'prints it')
         except Exception as error:  # whatever a server does wrong costs one score, with its reason
             return error, None
         mass = sum(p)
-        return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass), mass              # Eq. 12
+        return check_mass(sum(s * q for s, q in enumerate(p, 1)) / max(mass, 1e-9), mass), mass       # Eq. 12
 
     def request(self, path, body=None):
-        """The server's JSON. One that is away is waited for; overload and garbage are tried again; time-outs and refusals are not."""
+        """The server's JSON. One that is away is waited for; overload and garbage are tried again; time-outs
+        and refusals are not.
+        """
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url + path, body and json.dumps(body).encode(), headers)
         timeout, tries, faults = self.TIMEOUT if body else min(self.TIMEOUT, 15), 0, []
@@ -1665,7 +1842,9 @@ class RemoteScorer:
             STOP.wait(self.PAUSE if fault == "away" else 0.5 * 2**tries * (1 + random.random()))
 
     def fault(self, error):
-        """What to do about an error ("away": wait, "again": try again, "silent" or "final": give up), and what it is, with its remedy."""
+        """What to do about an error ("away": wait, "again": try again, "silent" or "final": give up), and
+        what it is, with its remedy.
+        """
         error = error.reason if isinstance(getattr(error, "reason", None), Exception) else error
         if isinstance(error, TimeoutError):
             return "silent", "TimeoutError: no answer in time"
@@ -1697,7 +1876,9 @@ def data_url(image):
 
 
 def score_probabilities(answer):
-    """p(1) .. p(5) at the last of 1-5 that follows <score> in an answer's `logprobs.content`; None without one."""
+    """p(1) .. p(5) at the last of 1-5 that follows <score> in an answer's `logprobs.content`; None without
+    one.
+    """
     tokens = [entry["token"] for entry in answer]
     for i in reversed(range(len(tokens))):
         if tokens[i].strip() in SCORES and "".join(tokens[:i]).rstrip().endswith("<score>"):
@@ -1708,14 +1889,15 @@ def score_probabilities(answer):
 def face_identity(embed):
     """A reward: whether an edit keeps who is in the picture (Sec. 3.3). embed(image) -> one vector per face.
 
-    For each source face the best cosine among the output's faces, averaged, at least 0; None (undefined) where the sources show
-    no face, 0 where only the output shows none.
+    For each source face the best cosine among the output's faces, averaged, at least 0; None (undefined)
+    where the sources show no face, 0 where only the output shows none.
     """
     def similarity(image, sources):
         old, new = [face for source in sources for face in embed(source)], [*embed(image)]
         if not old or not new:
             return 0.0 if old else None
-        old, new = (torch.as_tensor(np.array(faces), dtype=torch.float64) for faces in (old, new))           # (faces, d)
+        # (faces, d)
+        old, new = (torch.as_tensor(np.array(faces), dtype=torch.float64) for faces in (old, new))
         return F.cosine_similarity(old[:, None], new, dim=-1).amax(1).clamp(min=0).mean().item()
 
     def score(images, prompts, sources):
@@ -1730,11 +1912,13 @@ def insightface_embed():
     try:
         from insightface.app import FaceAnalysis
     except ImportError as error:
-        raise UserError("--reward identity: `pip install insightface onnxruntime` (its weights are for non-commercial "
+        raise UserError("--reward identity: `pip install insightface onnxruntime` (its weights are for "
+                        "non-commercial "
                           "research only), or bring identity=file.py:embed") from error
     app = FaceAnalysis(allowed_modules=["detection", "recognition"])
     app.prepare(ctx_id=-1)
-    return lambda image: [face.normed_embedding for face in app.get(np.asarray(on_white(image))[:, :, ::-1])]  # BGR
+    # BGR
+    return lambda image: [face.normed_embedding for face in app.get(np.asarray(on_white(image))[:, :, ::-1])]
 
 
 REWARD_KEYS = ("weight", "source", "range", "rubric", "reasoning", "model")
@@ -1744,10 +1928,12 @@ EDITS_ONLY = ("instruction", "consistency", "identity")  # what they judge is th
 def load_rewards(specs, root):
     """`--reward` values -> [Reward]: NAME, NAME=SOURCE, or one JSON file of
 
-        {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?, "model"?}}, "categories"?: {CATEGORY: {NAME: weight}}}
+        {"rewards": {NAME: {"weight", "source"?, "range"?, "rubric"?, "reasoning"?, "model"?}}, "categories"?:
+        {CATEGORY: {NAME: weight}}}
 
-    Names alone weigh 1/K; weights that do not sum to 1 are an error. A source is a VLM (directory or hub id), the URL of an
-    OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. VLMs are found here and loaded by `load_vlms`.
+    Names alone weigh 1/K; weights that do not sum to 1 are an error. A source is a VLM (directory or hub id),
+    the URL of an OpenAI-compatible endpoint, or file.py:function, in a JSON file relative to it. VLMs are
+    found here and loaded by `load_vlms`.
     """
     where, folder, entries, categories = "--reward", Path(), {}, {}
     if len(specs) == 1 and specs[0].endswith(".json"):
@@ -1773,25 +1959,31 @@ def read_reward_file(path):
     """The entries {NAME: {"weight": ...}} and {CATEGORY: {NAME: weight}} of a reward file, checked."""
     table = read_config(path)
     entries, categories = table.get("rewards"), table.get("categories", {})
-    named = isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values())
-    if not named or not isinstance(categories, dict) or not all(isinstance(vector, dict) for vector in categories.values()):
-        raise UserError(f'{path}: want {{"rewards": {{NAME: {{"weight": number, ...}}}}, "categories"?: {{CATEGORY: {{NAME: weight}}}}}}')
+    dicts = [entries, *entries.values()] if isinstance(entries, dict) and entries else [None]
+    dicts += [categories, *categories.values()] if isinstance(categories, dict) else [None]
+    if not all(isinstance(each, dict) for each in dicts):
+        form = '{"rewards": {NAME: {"weight": number, ...}}, "categories"?: {CATEGORY: {NAME: weight}}}'
+        raise UserError(f"{path}: want {form}")
     if unknown := table.keys() - {"rewards", "categories"}:
         raise UserError(f"{path}: unknown key {', '.join(sorted(unknown))}; there are rewards and categories")
     for name, entry in entries.items():
         if unknown := entry.keys() - REWARD_KEYS:
-            raise UserError(f"{path}: reward {name}: unknown key {', '.join(sorted(unknown))}; there are {', '.join(REWARD_KEYS)}")
+            raise UserError(f"{path}: reward {name}: unknown key {', '.join(sorted(unknown))}; there are "
+                            f"{', '.join(REWARD_KEYS)}")
         for key in ("source", "rubric", "model"):
             if not isinstance(entry.get(key, ""), str):
                 raise UserError(f'{path}: reward {name}: "{key}" is {entry[key]!r}, want a string')
         if type(entry.get("reasoning", 0)) is not int or entry.get("reasoning", 0) < 0:
-            raise UserError(f'{path}: reward {name}: "reasoning" is {entry["reasoning"]!r}, want a number of tokens')
-    for label, vector in [("rewards", {name: entry.get("weight") for name, entry in entries.items()}), *categories.items()]:
+            raise UserError(f'{path}: reward {name}: "reasoning" is {entry["reasoning"]!r}, want a number of '
+                            'tokens')
+    for label, vector in [("rewards", {name: entry.get("weight") for name, entry in entries.items()}),
+                          *categories.items()]:
         if unknown := vector.keys() - entries.keys():
             raise UserError(f"{path}: {label}: there is no reward {', '.join(sorted(unknown))}")
         for name, weight in vector.items():
             if type(weight) not in (int, float) or not 0 <= weight <= 1:
-                raise UserError(f"{path}: {label}: the weight of {name} is {weight!r}, want a number from 0 to 1")
+                raise UserError(f"{path}: {label}: the weight of {name} is {weight!r}, want a number from 0 "
+                                "to 1")
         if abs(sum(vector.values()) - 1) > 1e-6:
             raise UserError(f"{path}: {label}: the weights sum to {sum(vector.values()):g}, not to 1")
     return entries, categories
@@ -1801,7 +1993,8 @@ def check_range(where, name, span):
     """The scale of a reward as two numbers, or None."""
     if span is None:
         return None
-    if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(x) in (int, float) for x in span) and span[0] < span[1]):
+    if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+            and span[0] < span[1]):
         raise UserError(f"{where}: the range of {name} is {span!r}, want two numbers, the lower first")
     return float(span[0]), float(span[1])
 
@@ -1812,7 +2005,8 @@ def check_rewards(rewards, requests):
         asked = [request for request in requests if reward.weigh(request)]
         if asked and reward.name in EDITS_ONLY and not any(request.sources for request in asked):
             raise UserError(f"reward {reward.name} judges edits, and no prompt has a source image")
-    unknown = {category for reward in rewards for category in reward.categories} - {request.category for request in requests}
+    known = {request.category for request in requests}
+    unknown = {category for reward in rewards for category in reward.categories} - known
     if unknown and is_first(f"{unknown}"):
         print(f"reward weights for {', '.join(sorted(unknown))}: no prompt is of such a category")
 
@@ -1822,11 +2016,14 @@ def open_source(name, entry, folder, root):
     source, brought = entry.get("source", ""), root / "rewards" / name
     if "://" in source:
         scorer = RemoteScorer(name, source, model=entry.get("model"))
-        _, rubric, reasoning = read_card(Path(scorer.model), name)  # a server names the directory that it serves
-        scorer.rubric, scorer.reasoning = entry.get("rubric") or rubric or find_rubric(name), entry.get("reasoning", reasoning)
+        # a server names the directory that it serves
+        _, rubric, reasoning = read_card(Path(scorer.model), name)
+        scorer.rubric = entry.get("rubric") or rubric or find_rubric(name)
+        scorer.reasoning = entry.get("reasoning", reasoning)
         return source, scorer
     if name == "identity":
-        return source or "insightface", face_identity(load_function(folder / source) if source else insightface_embed())
+        return source or "insightface", face_identity(load_function(folder / source) if source
+                                                      else insightface_embed())
     if source.partition(":")[0].endswith(".py"):
         return source, load_function(folder / source)
     zero_shot = not source and not brought.is_dir()
@@ -1834,24 +2031,30 @@ def open_source(name, entry, folder, root):
     directory = directory if directory.is_dir() else download(source)
     directory, rubric, reasoning = read_card(directory, name)
     read_config(directory / "config.json")
-    scorer = VLMScorer(directory, root / "processor" if zero_shot else directory, entry.get("rubric") or rubric or find_rubric(name),
+    scorer = VLMScorer(directory, root / "processor" if zero_shot else directory,
+                       entry.get("rubric") or rubric or find_rubric(name),
                        entry.get("reasoning", reasoning))
     return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
 
 
 def read_card(directory, name):
-    """What train_reward.py wrote beside a VLM: the directory of its weights, the rubric to ask (None: none), tokens of reasoning."""
+    """What train_reward.py wrote beside a VLM: the directory of its weights, the rubric to ask (None: none),
+    tokens of reasoning.
+    """
     card = read_config(directory / "reward.json") if (directory / "reward.json").exists() else {}
     if "weights" in card:  # shared with another reward
         directory = directory / card["weights"]
         card = read_config(directory / "reward.json")
-    rubrics = card.get("rubrics", {})  # a VLM with one rubric is asked that one, whatever the reward is called
+    # a VLM with one rubric is asked that one, whatever the reward is called
+    rubrics = card.get("rubrics", {})
     rubric = [*rubrics.values()][0] if len(rubrics) == 1 else rubrics.get(name)
     return directory.resolve(), rubric, card.get("reasoning", 0)
 
 
 def load_vlms(rewards, device):
-    """Load the VLMs of these rewards, each once. On a GPU they wait in host memory for `seat_judges`. All ranks call."""
+    """Load the VLMs of these rewards, each once. On a GPU they wait in host memory for `seat_judges`. All
+    ranks call.
+    """
     vlms = {}
     for scorer in (reward.score for reward in rewards if isinstance(reward.score, VLMScorer)):
         directory = scorer.vlm
@@ -1865,16 +2068,20 @@ def load_vlms(rewards, device):
 
 def local_vlms(rewards):
     """The VLMs that score on this machine, each once."""
-    return list({id(reward.score.vlm): reward.score.vlm for reward in rewards if isinstance(reward.score, VLMScorer)}.values())
+    return list({id(reward.score.vlm): reward.score.vlm
+                 for reward in rewards if isinstance(reward.score, VLMScorer)}.values())
 
 
 def unseat(vlm):
-    """Leave the GPU: every rank keeps a share of each weight in host memory, so that all together hold the VLM once."""
+    """Leave the GPU: every rank keeps a share of each weight in host memory, so that all together hold the
+    VLM once.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for x in (*vlm.parameters(), *vlm.buffers()):
         if not hasattr(x, "share"):  # its weights never change
             length = -(-x.numel() // world)
-            share = F.pad(x.data.flatten(), (0, length * world - x.numel()))[rank * length:(rank + 1) * length]
+            share = F.pad(x.data.flatten(),
+                          (0, length * world - x.numel()))[rank * length:(rank + 1) * length]
             x.whole, x.share = x.shape, pinned(share.cpu().clone())
         x.data = x.new_empty(0)
 
@@ -1908,8 +2115,8 @@ def unseat_judges(rewards):
 def reward_threads(rewards, device):
     """A thread for each reward, which is asked batch by batch; rewards do not wait for each other.
 
-    On a GPU each has a stream of its own, before the sampler's in priority: on the same one an answer would wait for all the
-    sampler's steps that are queued.
+    On a GPU each has a stream of its own, before the sampler's in priority: on the same one an answer would
+    wait for all the sampler's steps that are queued.
     """
     def begin():
         if device.type == "cuda":
@@ -1922,11 +2129,13 @@ def reward_threads(rewards, device):
 def find_rubric(name):
     if name in RUBRICS:
         return RUBRICS[name]
-    raise UserError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, "rubric" brings one')
+    raise UserError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, '
+                    '"rubric" brings one')
 
 
 def load_function(source):
-    """file.py:function -> the function (images, prompts, sources) -> [float]. The file may import its neighbours.
+    """file.py:function -> the function (images, prompts, sources) -> [float]. The file may import its
+    neighbours.
 
     Its range, where rewards are compared outside of training, is an attribute: function.range = (0, 1).
     """
@@ -1942,13 +2151,14 @@ def load_function(source):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {source}: {path} cannot be imported: {error!r}{raised_at(error)}") from error
+        why = f"{error!r}{raised_at(error)}"
+        raise UserError(f"--reward {source}: {path} cannot be imported: {why}") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {source}: {path} has no function {name}")
     return getattr(module, name)
 
 
-# ---- 6. sharding ---------------------------------------------------------------------------------------------
+# ---- 6. sharding -------------------------------------------------------------------------------------------
 
 
 def setup():
@@ -1957,8 +2167,11 @@ def setup():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # may differ with and without gradients; the ratio must be exactly 1
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # for --offload
+        # may differ with and without gradients; the ratio must be exactly 1
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # for --offload
+        torch.set_num_threads(max(1,
+                                  len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return dist.get_rank(), dist.get_world_size(), device
@@ -1970,8 +2183,9 @@ def compute_dtype(device):
 
 
 def shard(model, device, offload=False):
-    """FSDP2: blocks, then root. fp32 masters and gradients; bf16 compute on CUDA. The model casts its own inputs, so
-    that the timestep stays fp32. Works at world size 1 too. offload: masters, gradients and thereby Adam in host memory."""
+    """FSDP2: blocks, then root. fp32 masters and gradients; bf16 compute on CUDA. The model casts its own
+    inputs, so that the timestep stays fp32. Works at world size 1 too. offload: masters, gradients and
+    thereby Adam in host memory."""
     world = dist.get_world_size()
     for name, param in model.named_parameters():
         if len(param) % world:
@@ -1992,8 +2206,9 @@ def shard_blocks(model, blocks, mesh, offload=False):
 
 
 def keep_gathered(model, parameters, gradients):
-    """How an update treats the network: `parameters` stay gathered in bf16 from the first micro-batch to the last, instead of block
-    by block in every pass; `gradients` are added up in fp32 on each rank until `reduce_gradients`."""
+    """How an update treats the network: `parameters` stay gathered in bf16 from the first micro-batch to the
+    last, instead of block by block in every pass; `gradients` are added up in fp32 on each rank until
+    `reduce_gradients`."""
     model.set_reshard_after_forward(not parameters)
     model.set_reshard_after_forward(False, recurse=False)  # the root's own are needed again at once
     model.set_reshard_after_backward(not parameters)
@@ -2001,8 +2216,8 @@ def keep_gathered(model, parameters, gradients):
 
 
 def reduce_gradients(model):
-    """Reduce what every rank has added up. (The last backward pass could do it, but not where it is the first to reach a
-    parameter: FSDP would find gradients in bf16 beside those added up in fp32.)"""
+    """Reduce what every rank has added up. (The last backward pass could do it, but not where it is the first
+    to reach a parameter: FSDP would find gradients in bf16 beside those added up in fp32.)"""
     model.set_requires_gradient_sync(True)
     model.anchor(0.0).backward()
 
@@ -2021,7 +2236,8 @@ def own_rows(model):
 
 
 def pinned(x):
-    """A copy of a host tensor in locked pages, from which copies to the GPU are fast; without a GPU the tensor as it is.
+    """A copy of a host tensor in locked pages, from which copies to the GPU are fast; without a GPU the
+    tensor as it is.
 
     `pin_memory` would round its size up to a power of two.
     """
@@ -2030,13 +2246,16 @@ def pinned(x):
     pages = torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).view(x.shape).copy_(x)
     error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))
     if error:
-        raise UserError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error {error})")
+        raise UserError(f"{x.nbytes / 2**20:.0f} MiB of host memory cannot be locked for the GPU (CUDA error "
+                        f"{error})")
     weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, pages.data_ptr()).atexit = False
     return pages
 
 
 def park(rows, dtype):
-    """A copy of this rank's rows in host memory, pinned where there is a GPU: what waits for its turn in the slot."""
+    """A copy of this rank's rows in host memory, pinned where there is a GPU: what waits for its turn in the
+    slot.
+    """
     return [pinned(row.to(dtype, copy=True).cpu()) for row in rows]
 
 
@@ -2050,9 +2269,12 @@ def gather(out, share):
 
 @torch.no_grad()
 def fill(slot, rows):
-    """Gather every rank's rows straight into the slot's storage, rounded to its dtype; addresses never change."""
+    """Gather every rank's rows straight into the slot's storage, rounded to its dtype; addresses never
+    change.
+    """
     for param, row in zip(slot.parameters(), rows, strict=True):
-        gather(param.data, row.to(param.device, non_blocking=True).to(param.dtype).contiguous())  # one host thread converts slowly
+        # one host thread converts slowly
+        gather(param.data, row.to(param.device, non_blocking=True).to(param.dtype).contiguous())
 
 
 def all_gather_list(values):
@@ -2062,12 +2284,14 @@ def all_gather_list(values):
     return [value for part in lists for value in part]
 
 
-# ---- 7. memory -----------------------------------------------------------------------------------------------
+# ---- 7. memory ---------------------------------------------------------------------------------------------
 
-# peaks that shapes do not tell, in activations (tokens x width, in the compute dtype) or pixels x channels of the VAE
+# peaks that shapes do not tell, in activations (tokens x width, in the compute dtype) or pixels x channels of
+# the VAE
 FORWARD, BACKWARD, DECODING = 14, 41, 11
 JUDGING = 0.35  # of a judge's own bytes, when it works: its head in fp32, the pictures of a batch
-SLACK = 6 * 2**30  # what the allocator holds beyond what is allocated: up to 5.6 GiB in simulations of all modes
+# what the allocator holds beyond what is allocated: up to 5.6 GiB in simulations of all modes
+SLACK = 6 * 2**30
 HOST_SLACK = 6 * 2**30  # Python, torch and CUDA in host memory
 
 
@@ -2076,10 +2300,12 @@ class Job(NamedTuple):
 
     tokens, batch   of an image; images sampled at once
     rows            (image, timestep) pairs of a micro-batch
-    pair, prefix    prefix tokens of the longest prompt: of both branches of the rollout; of those that an update looks at
+    pair, prefix    prefix tokens of the longest prompt: of both branches of the rollout; of those that an
+                    update looks at
     kept            bytes of states and frozen velocities that wait for the updates
     encoder         bytes of the text encoder
-    judges, table   bytes of the local VLMs that score rollouts; of these and of those for the final table alone
+    judges, table   bytes of the local VLMs that score rollouts; of these and of those for the final table
+                    alone
     parked          bytes of this rank's rows that wait in host memory for the slot
     """
 
@@ -2098,7 +2324,9 @@ class Job(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What there is room for: the two of `keep_gathered`, and local judges that stay on the device during updates."""
+    """What there is room for: the two of `keep_gathered`, and local judges that stay on the device during
+    updates.
+    """
 
     gathered: bool = True
     once: bool = True
@@ -2106,12 +2334,14 @@ class Mode(NamedTuple):
 
 
 MODES = [Mode(), Mode(judges_stay=False), Mode(once=False), Mode(once=False, judges_stay=False),
-         Mode(gathered=False, once=False), Mode(gathered=False, once=False, judges_stay=False)]  # the fastest first
+         # the fastest first
+         Mode(gathered=False, once=False), Mode(gathered=False, once=False, judges_stay=False)]
 
 
 def memory_phases(config, vae_config, world, job, mode, width=2):
-    """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's context and NCCL's buffers
-    come on top. width: bytes of a number in the compute dtype; masters, gradients and Adam are fp32."""
+    """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's
+    context and NCCL's buffers come on top. width: bytes of a number in the compute dtype; masters, gradients
+    and Adam are fp32."""
     dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
     with torch.device("meta"):
         network, vae = FlowTransformer(config), VAE(vae_config)
@@ -2119,7 +2349,8 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
     block = sum(param.numel() for param in network.transformer_blocks[0].parameters())
     share, token, kv = (0 if job.offload else count // world), width * dim, 2 * layers * width * dim
     decoder = width * sum(param.numel() for param in vae.parameters())
-    resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)  # slot, VAE, masters and Adam
+    # slot, VAE, masters and Adam
+    resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)
     scoring = JUDGING * job.judges + (0 if mode.judges_stay else job.judges)
 
     pixels = 256 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
@@ -2129,9 +2360,12 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
     looked_at = job.rows * (job.tokens + job.prefix)  # keys of a micro-batch
     frozen = kv * job.prefix + FORWARD * token * max(looked_at, job.prefix)
 
-    inputs = layers if job.checkpointing else layers * BACKWARD  # activations that a forward pass leaves for the backward pass
-    update = (kv + 16 * layers * dim + inputs * token) * job.prefix  # keys and values, the fp32 leaves, the gradients of these
-    update += max((inputs + BACKWARD) * token * job.rows * job.tokens + 8 * token * looked_at, BACKWARD * token * job.prefix)
+    # activations that a forward pass leaves for the backward pass
+    inputs = layers if job.checkpointing else layers * BACKWARD
+    # keys and values, the fp32 leaves, the gradients of these
+    update = (kv + 16 * layers * dim + inputs * token) * job.prefix
+    update += max((inputs + BACKWARD) * token * job.rows * job.tokens + 8 * token * looked_at,
+                  BACKWARD * token * job.prefix)
     weights = count if mode.gathered else count - layers * block + 2 * block
     gradients = 4 * (count if mode.once else share) + 8 * block
     pictures = sampling + max(decoding, prefix)
@@ -2148,11 +2382,14 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
 
 
 def host_bytes(config, world, job, cuda):
-    """{what: bytes} that all ranks together have in host memory. For a GPU FSDP locks its part, in powers of two."""
+    """{what: bytes} that all ranks together have in host memory. For a GPU FSDP locks its part, in powers of
+    two.
+    """
     with torch.device("meta"):
         sizes = [4 * param.numel() // world for param in FlowTransformer(config).parameters()]
     locked = sum(2 ** math.ceil(math.log2(size)) if cuda else size for size in sizes)
-    offloaded = {"fp32 weights and gradients": 2 * world * locked, "Adam": 2 * world * sum(sizes)} if job.offload else {}
+    offloaded = {"fp32 weights and gradients": 2 * world * locked,
+                 "Adam": 2 * world * sum(sizes)} if job.offload else {}
     return offloaded | {"waiting for the slot": world * job.parked, "judges": job.table * cuda}
 
 
@@ -2162,7 +2399,9 @@ def context_bytes(world):
 
 
 def choose_mode(config, vae_config, world, job, size, width=2):
-    """The fastest `Mode` whose phases fit `size` bytes of a device, or where none does, of those that need least; and its phases."""
+    """The fastest `Mode` whose phases fit `size` bytes of a device, or where none does, of those that need
+    least; and its phases.
+    """
     found = [memory_phases(config, vae_config, world, job, mode, width) for mode in MODES]
     limit = max(size, min(max(phases.values()) for phases in found))
     return next((mode, phases) for mode, phases in zip(MODES, found) if max(phases.values()) <= limit)
@@ -2170,8 +2409,10 @@ def choose_mode(config, vae_config, world, job, size, width=2):
 
 def describe(mode):
     """A `Mode` in words, one phrase per field."""
-    return ("parameters stay gathered during an update" if mode.gathered else "parameters are gathered block by block",
-            "gradients are reduced once an update" if mode.once else "gradients are reduced after every micro-batch",
+    return ("parameters stay gathered during an update" if mode.gathered
+            else "parameters are gathered block by block",
+            "gradients are reduced once an update" if mode.once
+            else "gradients are reduced after every micro-batch",
             "local judges stay" if mode.judges_stay else "local judges leave the GPU during updates")
 
 
@@ -2182,19 +2423,26 @@ def in_words(table):
 
 
 def plan_memory(config, vae_config, device, job):
-    """The fastest `Mode` that fits the device, the same on all ranks; prints it, or raises MemoryError with what does not fit."""
+    """The fastest `Mode` that fits the device, the same on all ranks; prints it, or raises MemoryError with
+    what does not fit.
+    """
     world, cuda = dist.get_world_size(), device.type == "cuda"
-    parts = all_gather_list([(job, device_memory(device), host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))])
-    jobs, sizes, machines, neighbours = zip(*parts)  # ranks must agree, so the longest prompt and the smallest machine count
-    job = job._replace(**{name: max(getattr(other, name) for other in jobs) for name in ("pair", "prefix", "kept")})
+    parts = all_gather_list([(job, device_memory(device), host_memory(),
+                              int(os.environ.get("LOCAL_WORLD_SIZE", 1)))])
+    # ranks must agree, so the longest prompt and the smallest machine count
+    jobs, sizes, machines, neighbours = zip(*parts)
+    job = job._replace(**{name: max(getattr(other, name) for other in jobs)
+                          for name in ("pair", "prefix", "kept")})
     size, machine = min(sizes) - (context_bytes(world) if cuda else 0), min(machines)
-    mode, phases = choose_mode(config, vae_config, world, job, size - (SLACK if cuda else 0), compute_dtype(device).itemsize)
+    mode, phases = choose_mode(config, vae_config, world, job, size - (SLACK if cuda else 0),
+                               compute_dtype(device).itemsize)
     host = host_bytes(config, world, job, cuda)
     here = sum(host.values()) * max(neighbours) // world + HOST_SLACK * cuda
     text = (f"memory of each {device.type}, {in_words(phases)}, of {size / 2**30:.0f} GiB\n"
             f"host memory for all ranks, {in_words(host)}, of {machine / 2**30:.0f} GiB a machine")
     if max(phases.values()) > size or here > machine:
-        raise UserError(f"this run does not fit:\n{text}\nLess memory takes: --offload, --micro-batch 1, --rollout-batch 1, a smaller "
+        raise UserError(f"this run does not fit:\n{text}\nLess memory takes: --offload, --micro-batch 1, "
+                        "--rollout-batch 1, a smaller "
                           "--size, more GPUs; in host memory: --kl-coef 0")
     if dist.get_rank() == 0:
         print(f"{text}\n{'; '.join(describe(mode)[:2 + bool(job.judges)])}")
@@ -2227,18 +2475,21 @@ def host_memory():
     return total if allowed == "max" else min(total, int(allowed))
 
 
-# ---- 8. reports ----------------------------------------------------------------------------------------------
+# ---- 8. reports --------------------------------------------------------------------------------------------
 
 FEW = 5  # prompts below which a mean has no interval: its standard error is itself hardly known
 
 
 def half_interval(values):
-    """Half the 95% confidence interval of the mean of n values by Student's t with n - 1 degrees of freedom; NaN if n < FEW."""
+    """Half the 95% confidence interval of the mean of n values by Student's t with n - 1 degrees of freedom;
+    NaN if n < FEW.
+    """
     if len(values) < FEW:
         return math.nan
     z, free = 1.959964, len(values) - 1
     quantile = (z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-                + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))  # Cornish and Fisher's expansion: right to 0.5%
+                # Cornish and Fisher's expansion: right to 0.5%
+                + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
     return quantile * torch.as_tensor(values, dtype=torch.float64).std().item() / len(values) ** 0.5
 
 
@@ -2251,22 +2502,28 @@ def report(run, rewards, before, after, title):
         gain = gain[gain.isfinite()]  # prompts without a score are left out
         if not len(gain):
             print(f"{reward.name:<16} no score in both")
-            table[reward.name] = {"base": None, "trained": None, "difference": None, "interval": None, "prompts": 0}
+            table[reward.name] = {"base": None, "trained": None, "difference": None, "interval": None,
+                                  "prompts": 0}
             continue
-        base, trained, difference, half = a.nanmean().item(), b.nanmean().item(), gain.mean().item(), half_interval(gain)
+        base, trained = a.nanmean().item(), b.nanmean().item()
+        difference, half = gain.mean().item(), half_interval(gain)
         bounds = [difference - half, difference + half] if len(gain) >= FEW else None
-        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds, "prompts": len(gain)}
+        table[reward.name] = {"base": base, "trained": trained, "difference": difference, "interval": bounds,
+                              "prompts": len(gain)}
         shown = "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds else "too few prompts"
         print(f"{reward.name:<16}{base:>8.3f}{trained:>9.3f}{difference:>+12.3f}   {shown}, n = {len(gain)}")
     write_text(run / "eval.json", json.dumps({"title": title, "rewards": table}, indent=2))
 
 
-WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf",
+              "wqy-microhei.ttc", "wqy-zenhei.ttc",
               "DroidSansFallback.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc")
 
 
 def caption_font(captions):
-    """A font for captions: Pillow's own, which is Latin, or one of the system's that knows Chinese too; None where that is missing."""
+    """A font for captions: Pillow's own, which is Latin, or one of the system's that knows Chinese too; None
+    where that is missing.
+    """
     if all(ord(character) < 0x250 for caption in captions for character in caption):
         return ImageFont.load_default(10)
     for name in WIDE_FONTS:
@@ -2275,8 +2532,9 @@ def caption_font(captions):
 
 
 def image_grid_png(path, *rows, columns=8):
-    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which interleave. Labels that no font
-    can show are numbers, and what they mean is in a text file beside the picture."""
+    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which
+    interleave. Labels that no font can show are numbers, and what they mean is in a text file beside the
+    picture."""
     captions = [caption for row in rows for caption, _ in row]
     font, notes = caption_font(captions), path.with_suffix(".txt")
     if font is None:
@@ -2287,7 +2545,8 @@ def image_grid_png(path, *rows, columns=8):
     first, text = rows[0][0][1], 40
     cell = max(96, first.width)
     height = cell * first.height // first.width
-    sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4), "white")
+    sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4),
+                      "white")
     draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
         for x, (caption, image) in enumerate(row):
@@ -2306,9 +2565,11 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     series = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in series.items()}
     if not any(series.values()):
         return
-    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+    (left, right), (low, high) = ((min(v), max(v))
+                                  for v in zip(*(p for line in series.values() for p in line)))
     right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
-    low, high, box = low - 0.05 * (high - low), high + 0.05 * (high - low), (64, 36, size[0] - 20, size[1] - 48)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    box = (64, 36, size[0] - 20, size[1] - 48)
     place = lambda x, y: (box[0] + (x - left) / (right - left) * (box[2] - box[0]),  # noqa: E731
                           box[3] - (y - low) / (high - low) * (box[3] - box[1]))
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
@@ -2317,13 +2578,17 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     for i in range(6):
         x, y = left + (right - left) * i / 5, low + (high - low) * i / 5
         draw.line((*place(left, y), *place(right, y)), fill="#e5e5e5")
-        draw.text((place(left, y)[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+        draw.text((place(left, y)[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font,
+                  anchor="rm")
         draw.text((place(x, low)[0], box[3] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
-    rises = dots or sum(line[-1][1] - line[0][1] for line in series.values() if line) > 0  # then the lower right corner is free
+    # then the lower right corner is free
+    rises = dots or sum(line[-1][1] - line[0][1] for line in series.values() if line) > 0
     for i, (name, line) in enumerate(series.items()):
-        colour, line, y = colours[i % 8], [place(*p) for p in line], (box[3] - 18 * len(series) if rises else box[1] + 10) + 18 * i
+        colour, line, y = colours[i % 8], [place(*p)
+                                           for p in line], (box[3] - 18 * len(series) if rises else box[1]
+                                                            + 10) + 18 * i
         for x, y_dot in line if dots or len(line) == 1 else ():
             draw.ellipse((x - 2, y_dot - 2, x + 2, y_dot + 2), fill=colour)
         draw.line([] if dots else line, fill=colour, width=2, joint="curve")
@@ -2332,18 +2597,20 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     image.save(path)
 
 
-# ---- 9. runs: what the scripts do around their algorithm -----------------------------------------------------
+# ---- 9. runs: what the scripts do around their algorithm ---------------------------------------------------
 
 STOP = threading.Event()  # the run was asked to end: what waits gives up, the step is finished and saved
 
 
 class UserError(Exception):
-    """What a user can put right: the message names the file, line, key or flag and what to do, and is all that is shown."""
+    """What a user can put right: the message names the file, line, key or flag and what to do, and is all
+    that is shown.
+    """
 
 
 def command_line(main):
-    """A script's main as a process. A UserError or a full disk ends it with code 2 and a message, once for all ranks; any other exception
-    is a bug and keeps its traceback."""
+    """A script's main as a process. A UserError or a full disk ends it with code 2 and a message, once for
+    all ranks; any other exception is a bug and keeps its traceback."""
     code = 0
     try:
         main()
@@ -2417,8 +2684,8 @@ def directory_name(text):
 
 
 def parse_run(parser, argv, needed, free, name, folder):
-    """The flags of a new run, which must have those `needed`; or with --resume those that the run in folder(args), which flag `name` names,
-    was started with, of which the `free` may be given anew."""
+    """The flags of a new run, which must have those `needed`; or with --resume those that the run in
+    folder(args), which flag `name` names, was started with, of which the `free` may be given anew."""
     args = parser.parse_args(argv)
     if not args.resume:
         missing = [flag(name) for name in needed if not getattr(args, name)]
@@ -2434,18 +2701,23 @@ def parse_run(parser, argv, needed, free, name, folder):
     if before.get("script", args.script) != args.script:
         raise UserError(f"--resume: {folder(args)} is a run of {before['script']}.py")
     args = parser.parse_args(argv, argparse.Namespace(**before | {"resume": True}))
-    changed = [flag(name) for name, value in before.items() if name not in ("resume", *free) and getattr(args, name) != value]
+    fixed = before.keys() - {"resume", *free}
+    changed = [flag(name) for name in before if name in fixed and getattr(args, name) != before[name]]
     if changed:
         raise UserError(f"--resume: {folder(args)} was started with other values of {', '.join(changed)}")
     return args
 
 
 def tiny_prompts(args, tiny, prompts, heldout):
-    """The arguments with the prompt files of the tiny world for its model and what was trained from it; any other needs its own."""
+    """The arguments with the prompt files of the tiny world for its model and what was trained from it; any
+    other needs its own.
+    """
     defaults = {"prompts": str(tiny / prompts), "eval_prompts": str(tiny / heldout)}
     missing = [name for name in defaults if not getattr(args, name)]
-    if missing and (Path(args.model) / "text_encoder").resolve() != (tiny / "model" / "text_encoder").resolve():
-        raise UserError(f"--model {args.model} needs {' and '.join(map(flag, missing))} FILE: the default prompts are the tiny world's")
+    encoder, tiny_encoder = (Path(model, "text_encoder").resolve() for model in (args.model, tiny / "model"))
+    if missing and encoder != tiny_encoder:
+        raise UserError(f"--model {args.model} needs {' and '.join(map(flag, missing))} FILE: the default "
+                        "prompts are the tiny world's")
     for name in missing:
         setattr(args, name, defaults[name])
     return args
@@ -2473,8 +2745,8 @@ def stopped(args, step, where):
 
 
 def stop_gently(rank):
-    """From here on Ctrl-C and SIGTERM set STOP. A second one ends the process at once; torchrun passes Ctrl-C on, so that it comes
-    twice in a moment."""
+    """From here on Ctrl-C and SIGTERM set STOP. A second one ends the process at once; torchrun passes Ctrl-C
+    on, so that it comes twice in a moment."""
     STOP.clear()
     times = []
 
@@ -2504,7 +2776,9 @@ def stop_at_once(rank, message):
 
 
 def claim(folder):
-    """Make a directory this process's own as long as it lives: whether no other has it. Two runs must not write to one."""
+    """Make a directory this process's own as long as it lives: whether no other has it. Two runs must not
+    write to one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
@@ -2519,7 +2793,9 @@ LOCKS = []
 
 
 def open_run(args, specs, rank):
-    """runs/NAME, claimed for this run, with its args.json; NAME is made from `specs` if there is none. All ranks call."""
+    """runs/NAME, claimed for this run, with its args.json; NAME is made from `specs` if there is none. All
+    ranks call.
+    """
     names = [Path(spec.partition("=")[0]).stem for spec in specs]
     stem = args.name or "-".join([args.script, *names, f"s{args.seed}"])
     run, count, trouble = Path("runs") / stem, 1, None
@@ -2527,7 +2803,8 @@ def open_run(args, specs, rank):
     files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     before = getattr(args, "files", {})
     if changed := [path for path in files if before.get(path, files[path]) != files[path]]:
-        raise UserError(f"--resume: {changed[0]} is not what it was when {run} was started; put it back, or start a new run")
+        raise UserError(f"--resume: {changed[0]} is not what it was when {run} was started; put it back, or "
+                        "start a new run")
     args.files = files
     while rank == 0 and trouble is None:
         free = claim(run)
@@ -2566,9 +2843,11 @@ def synchronize(device):
 
 
 class HeldOut:
-    """Held-out prompts, shared out over the ranks and drawn by the ODE with fixed noise: the same pictures for the same weights.
+    """Held-out prompts, shared out over the ranks and drawn by the ODE with fixed noise: the same pictures
+    for the same weights.
 
-    requests [Request] of all ranks; ids those of this rank; encoded {("heldout", id): prompts} of these; batch images at once.
+    requests [Request] of all ranks; ids those of this rank; encoded {("heldout", id): prompts} of these;
+    batch images at once.
     """
 
     SHOWN = 24  # of them in grids
@@ -2581,8 +2860,10 @@ class HeldOut:
         """[(id, image)] of `number` images for each prompt, by what is in the sampler's network."""
         keys = [(0, ("heldout", i), n) for i in ids for n in range(number)]
         ode = torch.zeros(len(self.t) - 1)
-        batches = generate(self.sampler, self.vae, self.encoded, keys, self.grid, self.t, ode, cfg, self.seed, self.batch)
-        return [(i, image) for chunk, pictures, _ in batches for (_, (_, i), _), image in zip(chunk, pictures)]
+        batches = generate(self.sampler, self.vae, self.encoded, keys, self.grid, self.t, ode, cfg, self.seed,
+                           self.batch)
+        return [(i, image) for chunk, pictures, _ in batches
+                for (_, (_, i), _), image in zip(chunk, pictures)]
 
     def gather(self, values):
         """[(id, value)] of all ranks -> the values in the order of the prompt file."""
@@ -2599,61 +2880,72 @@ class HeldOut:
             image_grid_png(path, shown)
 
     def scores(self, rewards, number, cfg):
-        """Scores by all rewards (K, prompts, number), NaN where there is none, and [(prompt, its first image)]. All ranks call."""
+        """Scores by all rewards (K, prompts, number), NaN where there is none, and [(prompt, its first
+        image)]. All ranks call.
+        """
         images = self.images(self.ids, number, cfg)
-        found = [reward([image for _, image in images], [self.requests[i] for i, _ in images]) for reward in rewards]
+        found = [reward([image for _, image in images], [self.requests[i] for i, _ in images])
+                 for reward in rewards]
         failed = Counter(why for row in found for _, why in row if why)
         for why, count in failed.most_common(3):
             print(f"held-out scores that failed: {count} x {why}")
-        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row] for row in found])
-        scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)                              # (prompts, K, number)
+        scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row]
+                               for row in found])
+        scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)         # (prompts, K, number)
         scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
         return scores, self.shown(images[::number])
 
 
 def check_disk(folder, network, bytes_each):
-    """Refuse to begin what could not be saved on the disk of `folder`: two checkpoints, the last one and the next, of so many bytes per
-    parameter of the network, and the model in bf16."""
+    """Refuse to begin what could not be saved on the disk of `folder`: two checkpoints, the last one and the
+    next, of so many bytes per parameter of the network, and the model in bf16."""
     free = shutil.disk_usage(folder).free
     needed = (2 * bytes_each + 2) * sum(param.numel() for param in network.parameters())
     if needed > free:
-        raise UserError(f"{folder}: its disk has {free / 2**30:.1f} GiB left, and two checkpoints and the model take {needed / 2**30:.1f}; "
-                        "--save-every 0 does without checkpoints")
+        raise UserError(f"{folder}: its disk has {free / 2**30:.1f} GiB left, and two checkpoints and the "
+                        f"model take {needed / 2**30:.1f}; --save-every 0 does without checkpoints")
 
 
 def prompt_ids(step, count, per_step, seed):
-    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into whole steps."""
+    """The prompts of a step, a function of (seed, step) alone: every epoch is a new permutation, cut into
+    whole steps.
+    """
     epoch, part = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
     return sorted(order[part * per_step:(part + 1) * per_step].tolist())  # by task, as the prompt file is
 
 
 def prompts_per_step(given, count, ranks, updates):
-    """How many prompts a step takes: `given`, checked, or a multiple of ranks x updates, the first from 16 on that there are."""
+    """How many prompts a step takes: `given`, checked, or a multiple of ranks x updates, the first from 16 on
+    that there are.
+    """
     unit = ranks * updates
     if given is None:
         given = max(unit, min(unit * math.ceil(16 / unit), count // unit * unit))
     if given % unit:
         below, above = max(unit, given // unit * unit), (given // unit + 1) * unit
-        raise UserError(f"--prompts-per-step {given} is not a multiple of {ranks} ranks x {updates} updates; nearest: {below}, {above}")
+        raise UserError(f"--prompts-per-step {given} is not a multiple of {ranks} ranks x {updates} updates; "
+                        f"nearest: {below}, {above}")
     if given > count:
         raise UserError(f"--prompts-per-step {given}: the prompt file has only {count}")
     return given
 
 
 def rank_share(ids, updates, rank, world):
-    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks."""
+    """This rank's prompt ids, update by update: an update has the same prompts whatever the number of ranks.
+    """
     return [i for update in range(updates) for i in ids[update::updates][rank::world]]
 
 
 def read_log(path, steps):
-    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again. Without a checkpoint the log moves
-    aside."""
+    """The first `steps` lines: what a killed run wrote after its last checkpoint is done again. Without a
+    checkpoint the log moves aside."""
     if not path.exists():
         return []
     if steps == 0 and dist.get_rank() == 0:
         path.rename(path.with_name("log.old.jsonl"))
-        print(f"{path.parent}: there is no checkpoint, so it starts again from step 0; the log so far is log.old.jsonl")
+        print(f"{path.parent}: there is no checkpoint, so it starts again from step 0; the log so far is "
+              "log.old.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if steps else []
 
 
@@ -2671,10 +2963,13 @@ def describe_rewards(rewards):
 
 
 def speed_record(seconds, images, flops, peak, device):
-    """A log line's figures of speed and memory. seconds {phase: seconds}; images, and flops of the model, by all ranks; peak FLOP/s of one."""
+    """A log line's figures of speed and memory. seconds {phase: seconds}; images, and flops of the model, by
+    all ranks; peak FLOP/s of one.
+    """
     total, cuda = sum(seconds.values()), device.type == "cuda"
     return {
-        "seconds": seconds, "images_per_second": images / total, "mfu": flops / (total * peak * dist.get_world_size()),
+        "seconds": seconds, "images_per_second": images / total,
+        "mfu": flops / (total * peak * dist.get_world_size()),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None}
 

@@ -1,29 +1,33 @@
 """DiffusionNFT (Sec. 2.2, 4.1, 4.2): good images pull the velocity towards themselves, bad ones push it away.
 
-For each prompt the old policy samples a group of G images by the guided ODE (Eq. 3); score them; normalise each reward within its
-group and add them up (Eq. 4, 13); noise the images again (Eq. 1) and regress an interpolation between old and new velocity to the
-good ones, and its mirror image to the bad ones (Eq. 7, 8), with a velocity KL to the base (Eq. 9). No likelihood, no SDE.
+For each prompt the old policy samples a group of G images by the guided ODE (Eq. 3); score them; normalise
+each reward within its group and add them up (Eq. 4, 13); noise the images again (Eq. 1) and regress an
+interpolation between old and new velocity to the good ones, and its mirror image to the bad ones (Eq. 7, 8),
+with a velocity KL to the base (Eq. 9). No likelihood, no SDE.
 
     python nft.py --reward aesthetic                                     # tiny model, CPU, about 4 minutes
     torchrun --nproc_per_node=8 nft.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
 
-The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in runs/NAME/.
+The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in
+runs/NAME/.
 
 Differs from the paper:
   1. The norms of Eq. 8 and 9 are means over dimensions, not sums, so that they do not depend on resolution.
-  2. Images are noised at steps of the rollout's own grid (Sec. 4.2's subset), each at --draws of them, one from every stratum.
-  3. The paper leaves open how the old policy follows. Here theta_old <- d theta_old + (1 - d) theta after every step, with
-     d = min(--old-decay, k / (k + 10)) in step k = 0, 1, ...: close behind at first, then slower.
-  4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are unguided. What guidance
-     adds to all of a group cancels between its good and bad images.
-  5. The paper gives no beta, A_max, KL weight or learning rate. A_max is sqrt(G-1), which no z-score of G images exceeds: a smaller one
-     would clip, and the common part of a clipped group would not cancel.
-  6. A score that failed is left out and counted, never 0; an image without any has r = 1/2, which prefers nothing. One that
-     does not apply is dropped for its group. The paper gives no rule.
+  2. Images are noised at steps of the rollout's own grid (Sec. 4.2's subset), each at --draws of them, one
+     from every stratum.
+  3. The paper leaves open how the old policy follows. Here theta_old <- d theta_old + (1 - d) theta after
+     every step, with d = min(--old-decay, k / (k + 10)) in step k = 0, 1, ...: close behind at first, then
+     slower.
+  4. Under hybrid CFG (Sec. 4.1) the images come from the guided old policy and all three velocities are
+     unguided. What guidance adds to all of a group cancels between its good and bad images.
+  5. The paper gives no beta, A_max, KL weight or learning rate. A_max is sqrt(G-1), which no z-score of G
+     images exceeds: a smaller one would clip, and the common part of a clipped group would not cancel.
+  6. A score that failed is left out and counted, never 0; an image without any has r = 1/2, which prefers
+     nothing. One that does not apply is dropped for its group. The paper gives no rule.
   7. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
 The public DiffusionNFT code differs from Eq. 8, which is here as printed: see the README.
-The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid); --guided-objective, both; --cfg 1,
-neither.
+The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid);
+--guided-objective, both; --cfg 1, neither.
 """
 
 import argparse
@@ -40,7 +44,7 @@ from model import (
     compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix, directory_name,
     encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
     image_generator, image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak,
+    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
     new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
     rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
     sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
@@ -56,55 +60,69 @@ LEFT_OUT = "not waited for"
 LR = 5e-6  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # what --resume may change
-FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures", "lr", "offload")
+FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures",
+        "lr", "offload")
 
-# ---- 1. arguments --------------------------------------------------------------------------------------------
+# ---- 1. arguments ------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
-    add("--prompts", metavar="FILE", help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
-    add("--eval-prompts", metavar="FILE", help="prompts of the grids and of the final table (default: the tiny world's)")
-    add("--name", type=directory_name, help="directory under runs/ (default: made from rewards, seed and a number)")
+    add("--prompts", metavar="FILE",
+        help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
+    add("--eval-prompts", metavar="FILE",
+        help="prompts of the grids and of the final table (default: the tiny world's)")
+    add("--name", type=directory_name,
+        help="directory under runs/ (default: made from rewards, seed and a number)")
     add("--steps", type=bounded(int, 1), default=45, help="rollouts to train on (default: %(default)s)")
-    add("--seed", type=bounded(int, 0, 10**12), default=0, help="decides prompts, their order and all noise (default: %(default)s)")
+    add("--seed", type=bounded(int, 0, 10**12), default=0,
+        help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
-        help=f"between checkpoints, {SAVED_BYTES} bytes per parameter each; 0 for none (default: %(default)s)")
-    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS", help="between image grids, 0 for none (default: %(default)s)")
+        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0 for none (default: %(default)s)")
+    add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
+        help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", nargs="+", default=[], metavar="R",
-        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM (directory or hub "
-             "id), the URL of an OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
-             "weights per category (see README)")
+        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM "
+             "(directory or hub id), the URL of an OpenAI-compatible endpoint or file.py:function, each "
+             "weighing 1/K; or one JSON file with weights per category (see README)")
     add("--max-reward-failures", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
         help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
-    add("--judge", nargs="+", default=[], metavar="R", help="same form; only in the final table, never trained on")
+    add("--judge", nargs="+", default=[], metavar="R",
+        help="same form; only in the final table, never trained on")
     add = parser.add_argument_group("rollout").add_argument
     add("--prompts-per-step", type=bounded(int, 1), metavar="P",
         help="a multiple of ranks x updates (default: the smallest from 16 on)")
-    add("--group-size", type=bounded(int, 2), default=8, metavar="G", help="images per prompt (default: %(default)s)")
+    add("--group-size", type=bounded(int, 2), default=8, metavar="G",
+        help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
         help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
-    add("--sampler-steps", type=bounded(int, 2), metavar="T", help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
+    add("--sampler-steps", type=bounded(int, 2), metavar="T",
+        help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=bounded(float, 0), metavar="S",
         help="guidance scale of rollout and evaluation, 1 for none (default: the checkpoint's, else 1)")
     add("--guided-objective", action="store_true",
-        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does not)")
+        help="guide the objective as well, through both branches (Sec. 4.1; default: the hybrid, which does "
+             "not)")
     add("--train-timesteps", default="half", metavar="STEPS",
-        help="sampler steps that images are noised to (Sec. 4.2): a number, spread over the noisier half; half, all of that; "
-             "all; or a list as 0,2,3 (default: %(default)s)")
-    add("--draws", type=bounded(int, 1), default=4, metavar="N", help="of these for every image, stratified (default: %(default)s)")
-    add("--rollout-batch", type=bounded(int, 1), metavar="B", help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
+        help="sampler steps that images are noised to (Sec. 4.2): a number, spread over the noisier half; "
+             "half, all of that; all; or a list as 0,2,3 (default: %(default)s)")
+    add("--draws", type=bounded(int, 1), default=4, metavar="N",
+        help="of these for every image, stratified (default: %(default)s)")
+    add("--rollout-batch", type=bounded(int, 1), metavar="B",
+        help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=bounded(float, 0, above=True), help=f"AdamW (default: {LR:g} x 4096 / width)")
-    add("--beta", type=bounded(float, 0, above=True), default=1.0, help="interpolation strength of Eq. 7 (default: %(default)s)")
+    add("--beta", type=bounded(float, 0, above=True), default=1.0,
+        help="interpolation strength of Eq. 7 (default: %(default)s)")
     add("--adv-max", type=bounded(float, 0, above=True), metavar="A",
-        help="A_max: clips advantages before they become r (default: sqrt(G-1), the largest that an advantage can be)")
+        help="A_max: clips advantages before they become r (default: sqrt(G-1), the largest that an "
+             "advantage can be)")
     add("--old-decay", type=bounded(float, 0, 1), default=0.8, metavar="D",
         help="how much of the old policy a step keeps, once it has settled (default: %(default)s)")
     add("--kl-coef", type=bounded(float, 0), default=0.02, metavar="W",
@@ -113,51 +131,62 @@ def parse_args(argv=None):
         help="optimizer steps per rollout, each on its own prompts (default: %(default)s)")
     add("--micro-batch", type=bounded(int, 1), metavar="B",
         help="(image, timestep) pairs per forward (default: 512 tokens of them on a CPU, 8192 on a GPU)")
-    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM",
+        help="gradient norm limit (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
-        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked memory captures give up)")
-    add("--compile", action="store_true", help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
+        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked "
+             "memory captures give up)")
+    add("--compile", action="store_true",
+        help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     add("--cudnn", action="store_true",
-        help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash attention)")
+        help="cuDNN's attention in the sampler, and in a local judge at work meanwhile (default: flash "
+             "attention)")
     add("--offload", action="store_true",
-        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: on the GPU)")
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: "
+             "on the GPU)")
     parser.set_defaults(script="nft")
     args = parse_run(parser, argv, ["reward"], FREE, "name", lambda args: Path("runs", args.name))
     return tiny_prompts(args, TINY, "prompts.jsonl", "heldout.jsonl")
 
 
-# ---- 2. timesteps (same in grpo, nft, opd) -------------------------------------------------------------------
+# ---- 2. timesteps (same in grpo, nft, opd) -----------------------------------------------------------------
 
 
 def trained_steps(spec, total):
-    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included; that half; all; a list."""
+    """--train-timesteps -> indices of sampler steps: a number of them over the noisier half, ends included;
+    that half; all; a list.
+    """
     half = max(1, total // 2)
     if spec in ("half", "all"):
         return list(range(half if spec == "half" else total))
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
     if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; half; all; or a list as 0,2")
-    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1)) for i in range(steps[0])]
+        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
+                        "half; all; or a list as 0,2")
+    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1))
+                                                   for i in range(steps[0])]
 
 
-# ---- 3. rewards and advantage (same in grpo, nft) ------------------------------------------------------------
+# ---- 3. rewards and advantage (same in grpo, nft) ----------------------------------------------------------
 
 
 class StepScores:
-    """The scores of a step's images, which come in while the step goes on. P groups of G images, those of this rank.
+    """The scores of a step's images, which come in while the step goes on. P groups of G images, those of
+    this rank.
 
-    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that were spent waiting.
+    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that
+    were spent waiting.
     """
 
     def __init__(self, rewards, requests, group_size):
         self.rewards, self.group_size = rewards, group_size
         self.weights = torch.tensor([[reward.weigh(request) for request in requests] for reward in rewards])
-        self.weights = self.weights.float()                                                                  # w_k     (K, P)
-        self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)                       # R_k     (K, P, G)
-        self.advantage = self.weights.new_zeros(len(requests), group_size)                                   # A       (P, G)
+        self.weights = self.weights.float()                                                # w_k     (K, P)
+        self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)     # R_k     (K, P, G)
+        self.advantage = self.weights.new_zeros(len(requests), group_size)                 # A       (P, G)
         self.pending, self.arrived, self.seconds = [], [], 0.0
 
     def ask(self, pools, images, requests):
@@ -171,13 +200,16 @@ class StepScores:
               if isinstance(reward.score, VLMScorer)])
 
     def wait_for(self, count):
-        """Until the first `count` images have their K (score, why); once STOP is set, what is not there is left out."""
+        """Until the first `count` images have their K (score, why); once STOP is set, what is not there is
+        left out.
+        """
         began = time.perf_counter()
         while len(self.arrived) < count:
             images, futures = self.pending.pop(0)
             while wait(futures, timeout=0.2).not_done and not STOP.is_set():
                 pass
-            answers = [future.result() if future.done() else [(FAILED, LEFT_OUT)] * images for future in futures]
+            answers = [future.result() if future.done() else [(FAILED, LEFT_OUT)] * images
+                       for future in futures]
             self.arrived += zip(*answers)
         self.seconds += time.perf_counter() - began
 
@@ -186,12 +218,12 @@ class StepScores:
         first, last = p * self.group_size, (p + 1) * self.group_size
         self.wait_for(last)
         self.scores[:, p] = torch.tensor([[score for score, _ in row] for row in self.arrived[first:last]]).T
-        self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])                       # Eq. 4, 13
+        self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])             # Eq. 4, 13
         return self.advantage[p]
 
     def failures(self, limit):
-        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons, counted, if more than a share `limit`
-        of the scores failed, else None."""
+        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons,
+        counted, if more than a share `limit` of the scores failed, else None."""
         self.wait_for(self.advantage.numel())
         self.reasons = Counter(why for row in self.arrived for _, why in row if why)
         parts = all_gather_list([(self.reasons, (self.weights > 0).sum().item() * self.group_size)])
@@ -199,37 +231,42 @@ class StepScores:
         if reasons.total() <= limit * asked:
             return LEFT_OUT in reasons, None
         table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-        return LEFT_OUT in reasons, f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
+        trouble = f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
+        return LEFT_OUT in reasons, trouble
 
 
 def group_advantage(scores, weights):
-    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none; weights (K, P) ->
-    A (P, G).
+    """Rewards to advantages, per prompt group. scores (K, P, G), FAILED or UNDEFINED where there is none;
+    weights (K, P) -> A (P, G).
 
-    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its largest
-    magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics and contributes 0. A
-    reward that is undefined for a group is dropped there and the other weights make up for it.
+    Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its
+    largest magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics
+    and contributes 0. A reward that is undefined for a group is dropped there and the other weights make up
+    for it.
     """
     weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
-    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                                          # w_k     (K, P)
+    weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                        # w_k     (K, P)
     valid = scores.isfinite()
     values = scores.double().where(valid, 0)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
-    mean = values.sum(-1, keepdim=True) / count                                                              # mu_k    (K, P, 1)
-    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()                      # sigma_k (K, P, 1)
+    mean = values.sum(-1, keepdim=True) / count                                            # mu_k    (K, P, 1)
+    std = (((values - mean) ** 2).where(valid, 0).sum(-1, keepdim=True) / count).sqrt()    # sigma_k (K, P, 1)
     low = values.where(valid, math.inf).amin(-1, keepdim=True)
     high = values.where(valid, -math.inf).amax(-1, keepdim=True)
     differs = valid & (high - low > 1e-4 * values.abs().amax(-1, keepdim=True))
-    z = ((values - mean) / std.where(std > 0, 1)).where(differs, 0)                                          # Eq. 4   (K, P, G)
-    return (weights[:, :, None] * z).sum(0).float()                                                          # Eq. 13  (P, G)
+    z = ((values - mean) / std.where(std > 0, 1)).where(differs, 0)                        # Eq. 4   (K, P, G)
+    return (weights[:, :, None] * z).sum(0).float()                                        # Eq. 13  (P, G)
 
 
 def step_record(parts, rewards):
-    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per update or timestep."""
+    """A log line's statistics from what every rank gathered in a step; `mean` and `max` hold one value per
+    update or timestep.
+    """
     scores, weights, advantage = (torch.cat([part[key] for part in parts], dim=d)
                                   for key, d in (("scores", 1), ("weights", 1), ("advantage", 0)))
-    found = scores.where(scores.isfinite(), math.nan)                                                        # (K, P, G)
-    means, stds = found.nanmean(dim=(1, 2)), (found - found.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean(1)
+    found = scores.where(scores.isfinite(), math.nan)                                              # (K, P, G)
+    deviation = found - found.nanmean(-1, keepdim=True)
+    means, stds = found.nanmean(dim=(1, 2)), deviation.square().nanmean(-1).sqrt().nanmean(1)
     return {
         "reward": {reward.name: mean.item() for reward, mean in zip(rewards, means) if mean.isfinite()},
         "reward_std": {reward.name: std.item() for reward, std in zip(rewards, stds) if std.isfinite()},
@@ -237,17 +274,19 @@ def step_record(parts, rewards):
         "failed": scores.isnan().sum().item(),
         "reasons": dict(sum((part["reasons"] for part in parts), Counter()).most_common(3)),
         "undefined": ((scores == UNDEFINED) & (weights[:, :, None] > 0)).sum().item(),
-        "advantage_abs": advantage.abs().mean().item(), "constant_groups": (advantage == 0).all(-1).float().mean().item(),
-        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))] for name in parts[0]["mean"]},
+        "advantage_abs": advantage.abs().mean().item(),
+        "constant_groups": (advantage == 0).all(-1).float().mean().item(),
+        **{name: [sum(v) / len(v) for v in zip(*(part["mean"][name] for part in parts))]
+           for name in parts[0]["mean"]},
         **{name: [max(v) for v in zip(*(part["max"][name] for part in parts))] for name in parts[0]["max"]}}
 
 
-# ---- 4. loss -------------------------------------------------------------------------------------------------
+# ---- 4. loss -----------------------------------------------------------------------------------------------
 
 
 def optimality(advantage, adv_max):
     """r of Eq. 8: advantages, clipped to [-A_max, A_max], as numbers from 0 to 1."""
-    return advantage.clamp(-adv_max, adv_max) / (2 * adv_max) + 0.5                                          # (B,)       Eq. 8
+    return advantage.clamp(-adv_max, adv_max) / (2 * adv_max) + 0.5                         # (B,)       Eq. 8
 
 
 def draw_steps(steps, count, generator):
@@ -259,32 +298,35 @@ def draw_steps(steps, count, generator):
 def nft_loss(v, v_old, v_target, r, beta):
     """Good images attract, bad ones repel the velocity, one row per (image, timestep). fp32.
 
-    v, v_old  (B, N, C)  the objective's velocities by the trained and the old policy at x_t;  v_target (B, N, C)  eps - x_0
+    v, v_old  (B, N, C)  the objective's velocities by the trained and the old policy at x_t;  v_target (B, N,
+                         C)  eps - x_0
     r         (B,)       Eq. 8: 1 for the best images, 0 for the worst
     Returns the loss summed over rows.
     """
-    v_plus = beta * v + (1 - beta) * v_old                                                                   # (B, N, C)  Eq. 7
-    v_minus = (1 + beta) * v_old - beta * v                                                                  # (B, N, C)  Eq. 7
-    error_plus = (v_plus - v_target).pow(2).mean(dim=(1, 2))                                                 # (B,)  difference 1
-    error_minus = (v_minus - v_target).pow(2).mean(dim=(1, 2))                                               # (B,)  difference 1
-    return (r * error_plus + (1 - r) * error_minus).sum()                                                    # ()         Eq. 8
+    v_plus = beta * v + (1 - beta) * v_old                                                # (B, N, C)  Eq. 7
+    v_minus = (1 + beta) * v_old - beta * v                                               # (B, N, C)  Eq. 7
+    error_plus = (v_plus - v_target).pow(2).mean(dim=(1, 2))                              # (B,)  difference 1
+    error_minus = (v_minus - v_target).pow(2).mean(dim=(1, 2))                            # (B,)  difference 1
+    return (r * error_plus + (1 - r) * error_minus).sum()                                 # ()         Eq. 8
 
 
 def kl_loss(v, v_ref):
     """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
-    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                         # Eq. 9
+    return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                   # Eq. 9
 
 
-# ---- 5. update (same in grpo, nft, opd) -----------------------------------------------------------------------
+# ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was applied. "
-            "See log.jsonl and samples/ for what went wrong before; --resume continues from step {step}, with a lower --lr, or from "
-            "the checkpoint before if you remove this one")
+DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
+            "none was applied. See log.jsonl and samples/ for what went wrong before; --resume continues "
+            "from step {step}, with a lower --lr, or from the checkpoint before if you remove this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
-    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether it stepped)."""
+    """Clip the gradient and step, unless it or the loss is not finite on some rank: (gradient norm, whether
+    it stepped).
+    """
     release(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).full_tensor()
     finite = all(all_gather_list([bool(norm.isfinite() and loss.isfinite())]))
@@ -295,7 +337,7 @@ def apply_update(policy, optimizer, loss, grad_clip):
 
 
 def main(argv=None):
-    # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+  # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
@@ -304,16 +346,18 @@ def main(argv=None):
     config = policy.config
     grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
     tokens, T = grid[0] * grid[1], len(t) - 1
-    lr = LR * 4096 / (config["num_attention_heads"] * config["attention_head_dim"]) if args.lr is None else args.lr
-    micro_batch, batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens), args.rollout_batch or (8 if cuda else 64)
+    lr = LR * 4096 / network_width(config) if args.lr is None else args.lr
+    micro_batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens)
+    batch = args.rollout_batch or (8 if cuda else 64)
     G, U = args.group_size, args.updates_per_rollout
     trained = trained_steps(args.train_timesteps, T)
     branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
-    # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+  # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
-    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world) for step in range(args.steps)]
+    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
+              for step in range(args.steps)]
     eval_ids = list(range(rank, len(heldout), world))
     rewards, judges = load_rewards(args.reward, root), load_rewards(args.judge, root)
     check_rewards(rewards, requests)
@@ -324,13 +368,15 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-    # ---- 8. schedule, memory, models -------------------------------------------------------------------------
+  # ---- 8. schedule, memory, models -------------------------------------------------------------------------
     load_vlms(rewards + judges, device)
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
     adv_max = max(1, G - 1) ** 0.5 if args.adv_max is None else args.adv_max
-    pairs = [(d, g) for d in range(args.draws) for g in range(G)]  # the rows of a group; its micro-batches share one prefix
+    # the rows of a group; its micro-batches share one prefix
+    pairs = [(d, g) for d in range(args.draws) for g in range(G)]
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    scale = world / (P * G * args.draws / U)  # sum over rows -> mean over the update; FSDP averages over ranks
+    # sum over rows -> mean over the update; FSDP averages over ranks
+    scale = world / (P * G * args.draws / U)
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
     pair = longest_prefix(encoded, 1 + (cfg != 1))
     checkpointing = cuda if args.checkpointing is None else args.checkpointing
@@ -338,11 +384,13 @@ def main(argv=None):
     memory = plan_memory(config, vae.config, device, Job(
         tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
         kept=4 * state_floats * args.draws * (3 + bool(args.kl_coef)),
-        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards), table=vlm_bytes(rewards + judges),
+        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards),
+        table=vlm_bytes(rewards + judges),
         parked=(4 + dtype.itemsize * bool(args.kl_coef)) * share,
         offload=args.offload, checkpointing=checkpointing))
 
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the reference
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the
+    # reference
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(slot, policy)
@@ -350,7 +398,8 @@ def main(argv=None):
     policy.checkpointing = checkpointing
     reference = park(own_rows(policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: the loss is a mean over dimensions
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0,
+                                  fused=True)
     old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
@@ -366,32 +415,41 @@ def main(argv=None):
               f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         describe_rewards(rewards)
 
-    # ---- 9. the parts of a step ------------------------------------------------------------------------------
+  # ---- 9. the parts of a step ------------------------------------------------------------------------------
     def rows(states, group, micro):
         """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
         d, g = map(list, zip(*micro))
         return [part[d, g] for part in states[group]]
 
     def roll_out(step, ids, scores):
-        """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised again, group by group."""
+        """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised
+        again, group by group.
+        """
         images, kept = [(step, i, g) for i in ids for g in range(G)], []
-        for chunk, decoded, states in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed, batch, keep):
+        for chunk, decoded, states in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed,
+                                               batch, keep):
             kept.append(states[T][0])
             scores.ask(pools, decoded, [requests[i] for _, i, _ in chunk])
-        x0 = torch.cat(kept).unflatten(0, (len(ids), G))                                                     # (groups, G, N, C)
+        x0 = torch.cat(kept).unflatten(0, (len(ids), G))                                   # (groups, G, N, C)
         return [noised(x0[group], step, i) for group, i in enumerate(ids)]
 
     def noised(x0, step, i):
-        """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G, 1, 1)."""
+        """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G,
+        1, 1).
+        """
         generators = [image_generator(args.seed, f"noise {step}", i, g) for g in range(G)]
-        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T     # (D, G)
-        eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators], dim=1).to(device)
+        # (D, G)
+        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T
+        eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators],
+                          dim=1).to(device)
         t_rows = t[drawn][..., None, None].to(device)
-        return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                            # Eq. 1
+        return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                      # Eq. 1
 
     @torch.no_grad()
     def frozen_velocities(ids, states):
-        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N, C)}."""
+        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v
+        (B, N, C)}.
+        """
         velocities = {}
         for group, i in enumerate(ids):
             prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
@@ -401,13 +459,15 @@ def main(argv=None):
         return velocities
 
     def train_group(group, prompts, states, advantage, v_old, v_ref, sums):
-        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and shifts to `sums`."""
+        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and shifts
+        to `sums`.
+        """
         prefixes = [policy.prefix([prompt], grid) for prompt in prompts]
         leaves = [*map(detach_prefix, prefixes)]
         for m, micro in enumerate(micro_batches):
             x, v_target, t_rows = rows(states, group, micro)
-            r = optimality(advantage[[g for _, g in micro]], adv_max).to(device)                             # (B,)
-            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                               # (B, N, C)
+            r = optimality(advantage[[g for _, g in micro]], adv_max).to(device)                   # (B,)
+            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                     # (B, N, C)
             loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
             sums.loss += loss.detach()
             sums.shifts.append((v.detach() - v_old[group, m]).pow(2).mean())
@@ -431,12 +491,13 @@ def main(argv=None):
             raise UserError(f"step {step}: {trouble}\n{resume_command(args, f'--name {run.name}')}")
         stopped(args, step, f"--name {run.name}")
 
-    # ---- 10. train -------------------------------------------------------------------------------------------
+  # ---- 10. train -------------------------------------------------------------------------------------------
     def train():
         """All steps; True if they were done, and the run not left before."""
         log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
         stop_gently(rank)
-        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
+                   dynamic_ncols=True)
         for step in bar:
             if args.sample_every and step % args.sample_every == 0:
                 fill(slot, own_rows(policy))
@@ -471,10 +532,12 @@ def main(argv=None):
             updates, groups = [], len(ids) // U
             for update in range(U):
                 keep_gathered(policy, memory.gathered, memory.once)
-                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device), shifts=[])
+                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device),
+                                       shifts=[])
                 own = range(update * groups, (update + 1) * groups)
                 for group in own:
-                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old, v_ref, sums)
+                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old,
+                                v_ref, sums)
                 if memory.once:
                     reduce_gradients(policy)
                 # nothing is trained on a step that cannot be trusted
@@ -487,31 +550,37 @@ def main(argv=None):
                     save_checkpoint(run / "checkpoint", step, policy, optimizer, old, keep=True)
                     raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
                 updates.append(statistics(sums) | {"grad_norm": norm, "skipped": not stepped})
-            decay = min(args.old_decay, step / (step + 10))                                                      # difference 3
+            decay = min(args.old_decay, step / (step + 10))                                     # difference 3
             for row, new in zip(old, own_rows(policy)):
-                row.copy_(row.to(device).lerp_(new.to(device), 1 - decay))  # on the GPU: the host takes seconds for the 7B
+                # on the GPU: the host takes seconds for the 7B
+                row.copy_(row.to(device).lerp_(new.to(device), 1 - decay))
             clock.lap("train")
 
             # one line a step
             flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
             flops *= G * (T * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
             seconds = clock.seconds
-            seconds["reward_wait"], seconds["train"] = seconds["reward_wait"] + scores.seconds, seconds["train"] - scores.seconds
+            seconds["reward_wait"] += scores.seconds
+            seconds["train"] -= scores.seconds
             each = {name: [update[name] for update in updates] for name in updates[0]}
             parts = all_gather_list([{
-                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage, "reasons": scores.reasons,
+                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage,
+                "reasons": scores.reasons,
                 "mean": {name: each[name] for name in ("loss", "kl", "velocity_shift")}, "max": {},
                 "flops": flops, "stop": STOP.is_set()}])
             record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
-            log.append({"step": step, **record, "grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
+            log.append({"step": step, **record, "grad_norm": each["grad_norm"],
+                        "skipped_updates": sum(each["skipped"]),
                         **speed_record(seconds, P * G, flops, peak, device)})
             if rank == 0:
                 write_log(run / "log.jsonl", log, new=step == start)
-                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log] for r in rewards}
+                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log]
+                          for r in rewards}
                 line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
             if record["constant_groups"] == 1 and rank == 0:
-                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was learnt from it")
+                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was "
+                           "learnt from it")
             ending = any(part["stop"] for part in parts)
             if ending:
                 return leave(step + 1)
@@ -529,7 +598,7 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-    # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
+  # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
@@ -542,7 +611,8 @@ def main(argv=None):
         if rank == 0:
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN], pictures_after[:pictures.SHOWN])
+            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
+                           pictures_after[:pictures.SHOWN])
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

@@ -1,24 +1,29 @@
-"""Reward models (Sec. 3.1): a VLM learns to rate pictures from 1 to 5 on a rubric, from scores or from preferences.
+"""Reward models (Sec. 3.1): a VLM learns to rate pictures from 1 to 5 on a rubric, from scores or from
+preferences.
 
-The VLM answers <score>N</score>, after its reasoning if the data has any; the score is the expectation under its distribution
-over the five tokens at N (Eq. 12), regressed to human scores (Eq. 11) or ranked by human preferences (Eq. 10). The result is
-an ordinary Hugging Face directory, for `vllm serve` or `grpo.py --reward NAME=DIRECTORY`, with rubric and answer form in
-reward.json.
+The VLM answers <score>N</score>, after its reasoning if the data has any; the score is the expectation under
+its distribution over the five tokens at N (Eq. 12), regressed to human scores (Eq. 11) or ranked by human
+preferences (Eq. 10). The result is an ordinary Hugging Face directory, for `vllm serve` or `grpo.py --reward
+NAME=DIRECTORY`, with rubric and answer form in reward.json.
 
     python train_reward.py --reward aesthetic --data scores.jsonl --out rewards/aesthetic
-    torchrun --nproc_per_node=8 train_reward.py --reward alignment --base Qwen/Qwen3-VL-8B-Instruct --lr 2e-6 --data ...
+    torchrun --nproc_per_node=8 train_reward.py --reward alignment --base Qwen/Qwen3-VL-8B-Instruct --lr 2e-6
+    --data ...
 
 Data: JSON Lines, paths relative to the file.
-  pointwise  {"prompt", "image", "score", "reasoning"?, "source"?, "reward"?}: score is 1 to 5, fractions allowed, or an object
-             of dimensions (quality, fidelity, ...), of which the mean is taken; source is one path or several, and makes the
-             line a triplet of source, instruction (the prompt) and output.
-  pairwise   {"prompt", "chosen", "rejected", "source"?, "attributes"?: {"valid", "text_distortion", "figure_distortion"}}: a
+  pointwise  {"prompt", "image", "score", "reasoning"?, "source"?, "reward"?}: score is 1 to 5, fractions
+  allowed, or an object
+             of dimensions (quality, fidelity, ...), of which the mean is taken; source is one path or
+             several, and makes the line a triplet of source, instruction (the prompt) and output.
+  pairwise   {"prompt", "chosen", "rejected", "source"?, "attributes"?: {"valid", "text_distortion",
+             "figure_distortion"}}: a
              pair with "valid": false is dropped.
-"reward" asks under another rubric than --reward; so one VLM can serve several rewards. Either kind can be --eval-data.
+"reward" asks under another rubric than --reward; so one VLM can serve several rewards. Either kind can be
+--eval-data.
 
 Differs from the paper:
-  1. The distribution is renormalised over the five tokens, and a term keeps the probability mass on them; where the mass
-     is 1 this is Eq. 12 as printed.
+  1. The distribution is renormalised over the five tokens, and a term keeps the probability mass on them;
+     where the mass is 1 this is Eq. 12 as printed.
   2. Eq. 10 and 11 are averaged over the batch, not summed.
   3. Scores end at 1 and 5, so R_w - R_l in Eq. 10 is at most 4; --margin-scale multiplies it (1: as printed).
   4. The reasoning, and the form around the score, are learnt by cross-entropy; the paper does not say how.
@@ -54,7 +59,7 @@ ATTRIBUTES = ("valid", "text_distortion", "figure_distortion")
 # what --resume may change
 FREE = ("save_every", "eval_data", "micro_batch", "checkpointing", "out", "offload")
 
-# ---- 1. arguments --------------------------------------------------------------------------------------------
+# ---- 1. arguments ------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -70,35 +75,47 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--base", default=str(TINY / "text_encoder"), metavar="VLM",
         help="directory or hub id to start from, any Qwen-VL (default: the tiny one)")
-    add("--processor", metavar="DIR", help="its tokenizer and image processor (default: processor/ beside --base, else --base)")
-    add("--pixels", type=bounded(int, 1), metavar="N", help="enlarge smaller pictures to N pixels (default: as the processor does)")
+    add("--processor", metavar="DIR",
+        help="its tokenizer and image processor (default: processor/ beside --base, else --base)")
+    add("--pixels", type=bounded(int, 1), metavar="N",
+        help="enlarge smaller pictures to N pixels (default: as the processor does)")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--offload", action="store_true",
-        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for an 8B VLM (default: on the GPU)")
+        help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for an 8B VLM "
+             "(default: on the GPU)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--objective", choices=("pointwise", "pairwise"), default="pointwise",
-        help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the paper's choice)")
+        help="regression to scores (Eq. 11) or Bradley-Terry on pairs (Eq. 10) (default: %(default)s, the "
+             "paper's choice)")
     add("--steps", type=bounded(int, 1), default=400, help="optimizer steps (default: %(default)s)")
-    add("--batch", type=bounded(int, 1), default=32, help="pictures, or pairs, per step on all ranks (default: %(default)s)")
-    add("--micro-batch", type=bounded(int, 1), metavar="B", help="pictures, or pairs, per forward (default: 32 on a CPU, 1 on a GPU)")
+    add("--batch", type=bounded(int, 1), default=32,
+        help="pictures, or pairs, per step on all ranks (default: %(default)s)")
+    add("--micro-batch", type=bounded(int, 1), metavar="B",
+        help="pictures, or pairs, per forward (default: 32 on a CPU, 1 on a GPU)")
     add("--lr", type=bounded(float, 0, above=True), default=1e-3,
-        help="AdamW, 20 steps of warm-up, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 for a 7B one)")
-    add("--margin-scale", type=bounded(float, 0, above=True), default=1.0, metavar="S", help="of R_w - R_l in Eq. 10 (default: %(default)s)")
+        help="AdamW, 20 steps of warm-up, linear decay to 0 (default: %(default)s, for the tiny VLM; 2e-6 "
+             "for a 7B one)")
+    add("--margin-scale", type=bounded(float, 0, above=True), default=1.0, metavar="S",
+        help="of R_w - R_l in Eq. 10 (default: %(default)s)")
     add("--mass-coef", type=bounded(float, 0), default=0.1,
         help="weight of -log(mass on the score tokens); 1 overwhelms Eq. 10 (default: %(default)s)")
     add("--answer-coef", type=bounded(float, 0), default=1.0,
         help="weight of the cross-entropy of all other answer tokens (default: %(default)s)")
-    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM", help="gradient norm limit (default: %(default)s)")
+    add("--grad-clip", type=bounded(float, 0, above=True), default=1.0, metavar="NORM",
+        help="gradient norm limit (default: %(default)s)")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=bounded(int, 0, 10**12), default=0, help="order of the data (default: %(default)s)")
-    add("--save-every", type=bounded(int, 0), default=500, metavar="STEPS", help="between checkpoints, 0 for none (default: %(default)s)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in DIR.part, what --out is until it is complete")
-    return parse_run(parser, argv, ["reward", "data", "out"], FREE, "out", lambda args: Path(f"{Path(args.out)}.part"))
+    add("--save-every", type=bounded(int, 0), default=500, metavar="STEPS",
+        help="between checkpoints, 0 for none (default: %(default)s)")
+    add("--resume", action="store_true",
+        help="continue from the last checkpoint in DIR.part, what --out is until it is complete")
+    return parse_run(parser, argv, ["reward", "data", "out"], FREE, "out",
+                     lambda args: Path(f"{Path(args.out)}.part"))
 
 
-# ---- 2. data -------------------------------------------------------------------------------------------------
+# ---- 2. data -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -113,7 +130,9 @@ class Example:
 
 
 def load_data(path, reward):
-    """Scored pictures [(Example,)] or pairs [(chosen, rejected)], and what to say about them. A bad line is named."""
+    """Scored pictures [(Example,)] or pairs [(chosen, rejected)], and what to say about them. A bad line is
+    named.
+    """
     path, rows, notes, places = Path(path), [], Counter(), {}
     for number, line in read_lines(path):
         try:
@@ -157,7 +176,8 @@ def read_record(record, folder, reward, notes):
         if not attributes.get("valid", True):
             notes["invalid pairs dropped"] += 1
             return None
-        notes.update(f"pairs with {name}".replace("_", " ") for name in ATTRIBUTES[1:] if attributes.get(name))
+        notes.update(f"pairs with {name}".replace("_", " ")
+                     for name in ATTRIBUTES[1:] if attributes.get(name))
         if record.get("reasoning"):
             raise ValueError("a pair has no reasoning; only scored pictures do")
         return tuple(Example(record["prompt"], [*before, picture], reward) for picture in pictures[-2:])
@@ -167,11 +187,13 @@ def read_record(record, folder, reward, notes):
         raise ValueError(f"score {score} is not between 1 and 5")
     if isinstance(score, dict):
         notes[f"score = mean of {', '.join(score)}"] += 1
-    return (Example(record["prompt"], pictures, reward, sum(scores) / len(scores), record.get("reasoning") or ""),)
+    return (Example(record["prompt"], pictures, reward, sum(scores) / len(scores),
+                    record.get("reasoning") or ""),)
 
 
 def batch_rows(step, count, batch, seed):
-    """Row numbers of a step, a function of (seed, step) alone: permutations of the data, one after another."""
+    """Row numbers of a step, a function of (seed, step) alone: permutations of the data, one after another.
+    """
     first, numbers = step * batch, []
     while len(numbers) < batch:
         epoch, offset = divmod(first + len(numbers), count)
@@ -181,14 +203,18 @@ def batch_rows(step, count, batch, seed):
 
 
 def collate(processor, rubrics, examples, device):
-    """Model inputs with the whole answer; labels (B, T) of its tokens but the score; place of the score, from the end; y (B,)."""
+    """Model inputs with the whole answer; labels (B, T) of its tokens but the score; place of the score, from
+    the end; y (B,).
+    """
     tail = "</score>" + processor.tokenizer.eos_token
     place = len(processor.tokenizer(tail, add_special_tokens=False).input_ids) + 1
     texts, answers = [], []
     for example in examples:
-        texts.append(score_text(processor.tokenizer, rubrics[example.reward], example.prompt, len(example.pictures),
+        texts.append(score_text(processor.tokenizer, rubrics[example.reward], example.prompt,
+                                len(example.pictures),
                                 bool(example.reasoning)))
-        digit = 3 if math.isnan(example.score) else round(example.score)  # only the form after it depends on this token
+        # only the form after it depends on this token
+        digit = 3 if math.isnan(example.score) else round(example.score)
         answers.append(example.reasoning + f"\n<score>{digit}{tail}"[not example.reasoning:])
     inputs = processor([text + answer for text, answer in zip(texts, answers)],
                        [on_white(open_picture(path)) for example in examples for path in example.pictures])
@@ -197,19 +223,22 @@ def collate(processor, rubrics, examples, device):
     for row, length in enumerate(lengths):  # texts are padded on the left, so all answers end together
         labels[row, :-length] = -100
     labels[:, -place] = -100
-    return inputs.to(device), labels.to(device), place, torch.tensor([example.score for example in examples], device=device)
+    return inputs.to(device), labels.to(device), place, torch.tensor([example.score for example in examples],
+                                                                     device=device)
 
 
 def copy_processor(folder, out, size):
-    """Everything of a VLM directory that is neither weights nor their config, so that servers find what they know; if pictures
-    get another `size` than the directory says, that is written down."""
+    """Everything of a VLM directory that is neither weights nor their config, so that servers find what they
+    know; if pictures get another `size` than the directory says, that is written down."""
     for path in folder.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt") and not path.name.endswith(("index.json", "reward.json")):
+        if path.suffix in (".json", ".jinja",
+                           ".txt") and not path.name.endswith(("index.json", "reward.json")):
             if path.name not in ("config.json", "generation_config.json"):
                 shutil.copy(path, out)
     for path in (out / "preprocessor_config.json", out / "processor_config.json"):
         config = read_config(path) if path.exists() else {}
-        settings = config if path.name == "preprocessor_config.json" else config.get("image_processor")  # nested in new ones
+        # nested in new ones
+        settings = config if path.name == "preprocessor_config.json" else config.get("image_processor")
         if size and settings:
             for older in ("min_pixels", "max_pixels"):  # they would win over the size
                 settings.pop(older, None)
@@ -217,39 +246,43 @@ def copy_processor(folder, out, size):
             write_text(path, json.dumps(config, indent=2))
 
 
-# ---- 3. loss -------------------------------------------------------------------------------------------------
+# ---- 3. loss -----------------------------------------------------------------------------------------------
 
 
 def pointwise_loss(score, y):
     """Regression to human scores, summed over the batch: (B,), (B,) -> ()."""
-    return ((score - y) ** 2).sum()                                                                          # ()    Eq. 11, difference 2
+    return ((score - y) ** 2).sum()                                               # ()    Eq. 11, difference 2
 
 
 def pairwise_loss(score, margin_scale):
     """Bradley-Terry on (chosen, rejected) pairs one after another, summed: (2B,) -> ()."""
-    margin = score[0::2] - score[1::2]                                                                       # (B,)  R_w - R_l
-    return -F.logsigmoid(margin_scale * margin).sum()                                                        # ()    Eq. 10, difference 2, 3
+    margin = score[0::2] - score[1::2]                                         # (B,)  R_w - R_l
+    return -F.logsigmoid(margin_scale * margin).sum()                          # ()    Eq. 10, difference 2, 3
 
 
 def mass_loss(logits, tokens):
     """-log of the probability mass on the score tokens, summed over the batch: (B, V) -> ()."""
     logits = logits.float()
-    return (logits.logsumexp(-1) - logits[:, tokens].logsumexp(-1)).sum()                                    # ()    difference 1
+    return (logits.logsumexp(-1) - logits[:, tokens].logsumexp(-1)).sum()                 # ()    difference 1
 
 
 def answer_loss(logits, labels):
-    """Cross-entropy of the reasoning and of the form, mean over an answer's tokens, summed: (B, T, V), (B, T) -> ()."""
-    tokens = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return (tokens.unflatten(0, labels.shape).sum(1) / (labels != -100).sum(1)).sum()                        # ()    difference 4
+    """Cross-entropy of the reasoning and of the form, mean over an answer's tokens, summed: (B, T, V), (B, T)
+    -> ().
+    """
+    tokens = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
+                             reduction="none")
+    return (tokens.unflatten(0, labels.shape).sum(1) / (labels != -100).sum(1)).sum()     # ()    difference 4
 
 
-# ---- 4. evaluation -------------------------------------------------------------------------------------------
+# ---- 4. evaluation -----------------------------------------------------------------------------------------
 
 
 def ranks(values):
     """Ranks of a 1D array, ties averaged."""
     values = np.asarray(values, dtype=np.float64)
-    return (np.sort(values).searchsorted(values, "left") + np.sort(values).searchsorted(values, "right") - 1) / 2
+    return (np.sort(values).searchsorted(values, "left")
+            + np.sort(values).searchsorted(values, "right") - 1) / 2
 
 
 def correlation(a, b):
@@ -265,7 +298,9 @@ def pair_accuracy(pairs):
 
 
 def rate(scorers, rows, rank, world):
-    """Predictions of every example of the rows in their order, by all ranks together: scores (NaN: none), mass."""
+    """Predictions of every example of the rows in their order, by all ranks together: scores (NaN: none),
+    mass.
+    """
     examples = [example for row in rows for example in row]
     found = []
     for reward in sorted({example.reward for example in examples}):
@@ -273,15 +308,18 @@ def rate(scorers, rows, rank, world):
         for first in range(0, len(mine), VLMScorer.BATCH):
             part = mine[first:first + VLMScorer.BATCH]
             pictures = [[open_picture(path) for path in e.pictures] for _, e in part]
-            read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in part], [p[:-1] for p in pictures])
-            found += [(i, FAILED if isinstance(score, Exception) else score, mass) for (i, _), (score, mass, _) in zip(part, read)]
+            read = scorers[reward].read([p[-1] for p in pictures], [e.prompt for _, e in part],
+                                        [p[:-1] for p in pictures])
+            found += [(i, FAILED if isinstance(score, Exception) else score, mass)
+                      for (i, _), (score, mass, _) in zip(part, read)]
     return np.array([row[1:] for row in sorted(all_gather_list(found))]).T
 
 
 def statistics(rows, scores, masses):
-    """Agreement with the human scores, or with the preferences (n pairs); pictures without a score are counted as failed and
-    left out. None where a figure has no meaning."""
-    table, valid = {"n": len(rows), "failed": int(np.isnan(scores).sum()), "mass": float(np.mean(masses))}, np.isfinite(scores)
+    """Agreement with the human scores, or with the preferences (n pairs); pictures without a score are
+    counted as failed and left out. None where a figure has no meaning."""
+    table, valid = {"n": len(rows), "failed": int(np.isnan(scores).sum()),
+                    "mass": float(np.mean(masses))}, np.isfinite(scores)
     if not valid.any():
         return table
     if len(rows[0]) == 2:
@@ -298,11 +336,14 @@ def statistics(rows, scores, masses):
         "srcc": correlation(ranks(scores), ranks(truth)), "plcc": correlation(scores, truth),
         "mae": float(np.abs(scores - truth).mean()), "pair_accuracy": pair_accuracy(pairs),
         "group_srcc": float(np.nanmean(within)) if np.isfinite(within).any() else None, "groups": len(within)}
-    return table | {key: None if value is None or math.isnan(value) else value for key, value in figures.items()}
+    return table | {key: None if value is None or math.isnan(value) else value
+                    for key, value in figures.items()}
 
 
 def open_part(args, out, rank):
-    """DIR.part, claimed, where everything is written until it is complete, with args.json. Nothing is overwritten. All ranks call."""
+    """DIR.part, claimed, where everything is written until it is complete, with args.json. Nothing is
+    overwritten. All ranks call.
+    """
     part, trouble = Path(f"{out}.part"), None
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
@@ -320,7 +361,7 @@ def open_part(args, out, rank):
 
 
 def main(argv=None):
-    # ---- 5. setup --------------------------------------------------------------------------------------------
+  # ---- 5. setup --------------------------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, out = device.type == "cuda", Path(args.out)
@@ -334,24 +375,28 @@ def main(argv=None):
     if args.batch % world:
         raise UserError(f"--batch {args.batch} is not a multiple of {world} ranks")
 
-    # ---- 6. data ---------------------------------------------------------------------------------------------
+  # ---- 6. data ---------------------------------------------------------------------------------------------
     train, note = load_data(args.data, args.reward)
     held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
     size = {"pointwise": 1, "pairwise": 2}[args.objective]
     if len(train[0]) != size:
-        raise UserError(f"--objective {args.objective}: {args.data} holds {'pairs' if size == 1 else 'scored pictures'}")
+        raise UserError(f"--objective {args.objective}: {args.data} holds "
+                        f"{'pairs' if size == 1 else 'scored pictures'}")
     if args.rubric and not any(example.reward == args.reward for row in train for example in row):
-        raise UserError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another \"reward\"")
+        raise UserError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another "
+                        "\"reward\"")
     if len({Path(path).name for path in held_out}) < len(args.eval_data):
         raise UserError("--eval-data: the files must have different names")
-    names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row} | {args.reward})
+    names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row}
+                   | {args.reward})
     rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
     if args.rubric:
         rubrics[args.reward] = read_text(args.rubric).strip()
-    longest = max(len(processor.tokenizer(row[0].reasoning, add_special_tokens=False).input_ids) for row in train)
+    longest = max(len(processor.tokenizer(row[0].reasoning, add_special_tokens=False).input_ids)
+                  for row in train)
     card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
-    # ---- 7. model --------------------------------------------------------------------------------------------
+  # ---- 7. model --------------------------------------------------------------------------------------------
     part = open_part(args, out, rank)
     mesh = init_device_mesh(device.type, (world,))
     with one_rank_at_a_time():  # it holds all of the VLM until it is sharded
@@ -363,23 +408,29 @@ def main(argv=None):
         count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
         states, room = 16 * count // world, device_memory(torch.device("cpu") if args.offload else device)
         where = "in host memory" if args.offload else f"on each {device.type}"
-        place = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} {where}"
+        taken = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank"
+        place = f"{taken}, of {room / 2**30:.0f} {where}"
         if states > room:
-            raise UserError(f"{place}: --offload keeps them in host memory, more GPUs share them, --freeze-vision trains fewer")
+            raise UserError(f"{place}: --offload keeps them in host memory, more GPUs share them, "
+                            "--freeze-vision trains fewer")
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
     trained = [param for param in vlm.parameters() if param.requires_grad]
-    # torch's eps of 1e-8 damps parameters whose gradient is that small: of 8B parameters a gradient of norm 1 has an rms of
+    # torch's eps of 1e-8 damps parameters whose gradient is that small: of 8B parameters a gradient of norm 1
+    # has an rms of
     # 1e-5, many have far less, and all have less as the loss falls
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01,
+                                  fused=True)
     start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
     micro_batch = args.micro_batch or (1 if cuda else 32)
     if rank == 0:
-        print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} {'scored pictures' if size == 1 else 'pairs'}"
-              f"{note}, {args.steps} steps of {args.batch}{', with reasoning' if longest else ''}; {place}")
+        print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} "
+              f"{'scored pictures' if size == 1 else 'pairs'}{note}, {args.steps} steps of "
+              f"{args.batch}{', with reasoning' if longest else ''}; {place}")
 
-    # ---- 8. train --------------------------------------------------------------------------------------------
+  # ---- 8. train --------------------------------------------------------------------------------------------
     stop_gently(rank)
-    bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0, dynamic_ncols=True), None
+    bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0,
+                        dynamic_ncols=True), None
     rated, read, began = 0, 0, time.perf_counter()
     for step in bar:
         numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
@@ -389,10 +440,15 @@ def main(argv=None):
         for first in range(0, len(numbers), micro_batch):
             examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
             inputs, labels, place, y = collate(processor, rubrics, examples, device)
-            logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]       # (B, T, V)
-            score, _ = expected_score(logits[:, -place], tokens)                                             # (B,)  Eq. 12
-            loss = pointwise_loss(score, y) if args.objective == "pointwise" else pairwise_loss(score, args.margin_scale)
-            form = args.mass_coef * mass_loss(logits[:, -place], tokens) + args.answer_coef * answer_loss(logits, labels)
+            # (B, T, V)
+            logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+            score, _ = expected_score(logits[:, -place], tokens)                                # (B,)  Eq. 12
+            if args.objective == "pointwise":
+                loss = pointwise_loss(score, y)
+            else:
+                loss = pairwise_loss(score, args.margin_scale)
+            form = args.mass_coef * mass_loss(logits[:, -place], tokens)
+            form = form + args.answer_coef * answer_loss(logits, labels)
             loss = loss + form / size
             if first + micro_batch >= len(numbers):  # every backward pass reaches the same parameters
                 vlm.set_requires_gradient_sync(True)
@@ -404,7 +460,8 @@ def main(argv=None):
         release(vlm)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
         if not math.isfinite(total + norm):
-            raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start again with a lower --lr")
+            raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start "
+                            "again with a lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
         optimizer.step()
@@ -417,10 +474,11 @@ def main(argv=None):
             return stopped(args, step + 1, f"--out {args.out}")
     if rank == 0 and rated:
         seconds = time.perf_counter() - began
-        print(f"{world * rated / seconds:.1f} examples a second, MFU {6 * count * read / seconds / matmul_peak(device):.1%} "
-              "(6 FLOPs per trained parameter and token)")
+        print(f"{world * rated / seconds:.1f} examples a second, MFU "
+              f"{6 * count * read / seconds / matmul_peak(device):.1%} (6 FLOPs per trained parameter and "
+              "token)")
 
-    # ---- 9. done ---------------------------------------------------------------------------------------------
+  # ---- 9. done ---------------------------------------------------------------------------------------------
     again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
     stop_at_once(rank, f"trained, but not evaluated{again}")
     weights = full_weights(vlm)
@@ -446,7 +504,8 @@ def main(argv=None):
         if len(rows[0]) == 1:
             dots[Path(path).stem] = [(row[0].score, score) for row, score in zip(rows, scores)]
         if rank == 0:
-            cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in table.items())
+            cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in table.items())
             print(f"{Path(path).name}: {'  '.join(cells)}")
     dist.barrier()  # every rank has read what is renamed now
     if rank == 0:
@@ -456,7 +515,8 @@ def main(argv=None):
         part.rename(out)
         print(f"wrote {out}; in a reward file, behind a server on another machine:")
         for name, rubric in rubrics.items():
-            entry = {"weight": 1 / len(rubrics), "source": "http://HOST:8000/v1", "rubric": rubric, "reasoning": card["reasoning"]}
+            entry = {"weight": 1 / len(rubrics), "source": "http://HOST:8000/v1", "rubric": rubric,
+                     "reasoning": card["reasoning"]}
             print(f"  {json.dumps(name)}: {json.dumps(entry)}")
 
 

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
-SMALL = ["--group-size", "4", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4", "--name", "run"]
+SMALL = ["--group-size", "4", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4",
+         "--name", "run"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -34,7 +35,8 @@ def command(script, *arguments, processes=1, code=None):
 
 def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
     """A script, or code that imports it, as a process of its own: what it printed, and its return code."""
-    done = subprocess.run(command(script, *arguments, processes=processes, code=code), cwd=folder, env=ENVIRONMENT, timeout=300,
+    done = subprocess.run(command(script, *arguments, processes=processes, code=code), cwd=folder,
+                          env=ENVIRONMENT, timeout=300,
                           capture_output=True, text=True)
     return done.stdout + done.stderr, done.returncode
 
@@ -48,7 +50,8 @@ def loaded_rewards(specs, root):
 
 def run_here(folder, script, *arguments):
     """A script's main in this process, in `folder`."""
-    before, handlers = os.getcwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before, handlers = os.getcwd(), {number: signal.getsignal(number)
+                                     for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     os.chdir(folder)
     try:

@@ -17,13 +17,16 @@ RUNS = json.loads((Path(__file__).parent / "memory.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize("parts", [["iteration"],
-                                   pytest.param(["machine", "tests", "tiny", "denoise", "vae", "compiled"], marks=pytest.mark.slow)])
+                                   pytest.param(["machine", "tests", "tiny", "denoise", "vae", "compiled"],
+                                                marks=pytest.mark.slow)])
 def test_the_gpu_check_runs_without_one(tmp_path, parts):
-    done = subprocess.run([sys.executable, str(ROOT / "tests/gpu.py"), *parts], capture_output=True, text=True, timeout=400,
+    done = subprocess.run([sys.executable, str(ROOT / "tests/gpu.py"), *parts], capture_output=True,
+                          text=True, timeout=400,
                           env=ENVIRONMENT | {"OUT": str(tmp_path)})
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(results) == parts and all(result["rows"] and not result["error"] for result in results.values())
+    assert list(results) == parts and all(result["rows"] and not result["error"]
+                                          for result in results.values())
     if "iteration" in parts:
         assert ["first ratio - 1, in float32", "[0.0, 0.0]", "0"] in results["iteration"]["rows"]
 
@@ -44,7 +47,8 @@ def test_what_does_not_fit_is_refused_with_its_numbers(monkeypatch):
     monkeypatch.setattr(model, "all_gather_list", lambda values: values)
     monkeypatch.setattr(model.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(model, "device_memory", lambda device: 79 * 2**30)
-    with pytest.raises(model.UserError, match=r"updates \d+\.\d, .* of 7[0-9] GiB\n(.*\n)*Less memory takes: --offload"):
+    with pytest.raises(model.UserError,
+                       match=r"updates \d+\.\d, .* of 7[0-9] GiB\n(.*\n)*Less memory takes: --offload"):
         model.plan_memory(bench.REAL, bench.REAL_VAE, torch.device("cuda"), job)
     monkeypatch.setattr(model, "host_memory", lambda: 64 * 2**30)
     with pytest.raises(model.UserError, match="Adam 53.0, .* of 64 GiB a machine"):
@@ -53,13 +57,15 @@ def test_what_does_not_fit_is_refused_with_its_numbers(monkeypatch):
 
 @pytest.mark.parametrize("gpus, gib, fits", [(1, 139, True), (1, 79, False), (8, 79, True)])
 def test_plan_counts_the_real_model(capsys, gpus, gib, fits):
-    args = SimpleNamespace(gpus=gpus, gib=gib, tflops=790, size=1024, prompts=1, group_size=1, sampler_steps=40, timesteps=4,
+    args = SimpleNamespace(gpus=gpus, gib=gib, tflops=790, size=1024, prompts=1, group_size=1,
+                           sampler_steps=40, timesteps=4,
                            micro_batch=None, edit=False, offload=False, judge=False)
     bench.bench_plan(args)
     out = capsys.readouterr().out
     assert out.startswith("7,115,124,736 parameters") and ("does not fit" not in out) == fits
     rollout = float(next(line for line in out.splitlines() if "rollout" in line).split()[-2])
-    assert rollout == pytest.approx(6.71 / gpus, abs=0.06)  # reference: 40 guided steps of one 1024 px image at 790 TFLOP/s
+    # reference: 40 guided steps of one 1024 px image at 790 TFLOP/s
+    assert rollout == pytest.approx(6.71 / gpus, abs=0.06)
 
 
 def test_shared_prefix_bench_has_equal_gradients(capsys):

@@ -24,7 +24,8 @@ def sections(name):
 
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
-PROMISES = sorted({(banner, tuple(BANNER.match(banner)[1].split(", "))) for name in SCRIPTS for banner in sections(name)})
+PROMISES = sorted({(banner, tuple(BANNER.match(banner)[1].split(", "))) for name in SCRIPTS
+                   for banner in sections(name)})
 
 
 def test_there_are_copies():
@@ -47,6 +48,8 @@ def test_a_script_promises_for_itself(name):
 
 @pytest.mark.parametrize("name, share", [("nft", 0.75), ("opd", 0.6)])
 def test_siblings_differ_from_grpo_by_the_algorithm(name, share):
-    texts = [[line for line, _ in groupby((ROOT / f"{script}.py").read_text().splitlines())] for script in ("grpo", name)]
-    same = sum(block.size for block in difflib.SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks())
+    texts = [[line for line, _ in groupby((ROOT / f"{script}.py").read_text().splitlines())]
+             for script in ("grpo", name)]
+    same = sum(block.size
+               for block in difflib.SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks())
     assert same >= share * len(texts[1])

@@ -18,7 +18,8 @@ def sample(sampler, length, cfg=2.0):
     """Three images of a random prompt of so many tokens, with two stochastic steps."""
     generator = torch.Generator().manual_seed(length)
     width = sampler.model.config["context_in_dim"]
-    pair = tuple(model.Prompt(torch.randn(n, width, generator=generator), [False] * n, []) for n in (length, 3))
+    pair = tuple(model.Prompt(torch.randn(n, width, generator=generator), [False] * n, [])
+                 for n in (length, 3))
     grid, t, _ = model.sampling_settings(TINY, (64, 64), 6)
     generators = [model.image_generator(0, 0, 0, g) for g in range(3)]
     return sampler([pair] * 3, generators, grid, t, model.noise_levels(t, [0, 2], 0.7), cfg)[0]
@@ -27,11 +28,14 @@ def sample(sampler, length, cfg=2.0):
 @pytest.fixture
 def network():
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `setup` does
-    return model.materialise(model.new_transformer(TINY, torch.bfloat16), TINY, torch.device("cuda", 0)).requires_grad_(False)
+    return model.materialise(model.new_transformer(TINY, torch.bfloat16), TINY,
+                             torch.device("cuda", 0)).requires_grad_(False)
 
 
 def test_graph_equals_eager_bit_for_bit(network):
-    """For shapes that share the arena, replayed and captured anew, with guidance and without, and after new weights in place."""
+    """For shapes that share the arena, replayed and captured anew, with guidance and without, and after new
+    weights in place.
+    """
     eager, graph = model.Sampler(network, graphs=False), model.Sampler(network, graphs=True)
     for length, cfg in ((5, 2.0), (9, 2.0), (5, 2.0), (9, 1.0), (5, 1.0)):
         assert torch.equal(sample(graph, length, cfg), sample(eager, length, cfg))
@@ -49,7 +53,8 @@ def test_a_thread_may_use_the_gpu_while_a_graph_is_captured(network):
     def work():
         try:
             while not done.is_set():
-                torch.randn(256, 256).pin_memory().cuda().matmul(torch.ones(256, 256, device="cuda")).sum().item()
+                torch.randn(256,
+                            256).pin_memory().cuda().matmul(torch.ones(256, 256, device="cuda")).sum().item()
         except Exception as error:
             failed.append(error)
 

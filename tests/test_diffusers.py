@@ -15,7 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import Autoencoder
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Transformer2DModel  # noqa: E402
 
 TRANSFORMER = dict(patch_size=1, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=32,
-                   num_attention_heads=4, context_in_dim=24, mlp_ratio=3, axes_dims_rope=(8, 12, 12), eps=1e-6)
+                   num_attention_heads=4, context_in_dim=24, mlp_ratio=3, axes_dims_rope=(8, 12, 12),
+                   eps=1e-6)
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 
 
@@ -68,7 +69,8 @@ def test_velocity(transformers, name):
     prompt = make_prompt(1, *LAYOUTS[name])
     for grid in [(4, 4), (6, 4)]:
         x, t = torch.randn(1, grid[0] * grid[1], 16), torch.tensor([0.7])
-        assert relative(ours.velocity(x, t, ours.prefix([prompt], grid)), their_velocity(theirs, x, t, prompt, grid)) < 1e-5
+        assert relative(ours.velocity(x, t, ours.prefix([prompt], grid)),
+                        their_velocity(theirs, x, t, prompt, grid)) < 1e-5
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -81,12 +83,14 @@ def test_velocity_of_a_padded_batch_equals_single_runs(transformers, name):
     index = torch.arange(4).repeat_interleave(3)
     v = ours.velocity(x, t, ours.prefix(prompts, (4, 4))._replace(index=index))
     for i in range(12):
-        assert relative(v[i:i + 1], their_velocity(theirs, x[i:i + 1], t[i:i + 1], prompts[index[i]], (4, 4))) < 1e-5
+        assert relative(v[i:i + 1],
+                        their_velocity(theirs, x[i:i + 1], t[i:i + 1], prompts[index[i]], (4, 4))) < 1e-5
 
 
 @pytest.mark.parametrize("mult, blocks", [([1, 2, 4, 8, 8], 2), ([1, 1, 1, 1, 1], 1)])
 def test_vae(mult, blocks):
-    config = dict(base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=mult, num_res_blocks=blocks, attn_scales=[],
+    config = dict(base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=mult, num_res_blocks=blocks,
+                  attn_scales=[],
                   latents_mean=[0.1 * i for i in range(6)], latents_std=[1 + 0.1 * i for i in range(6)])
     theirs = randomise(AutoencoderKLQwenImage21(**config), 0)
     ours = model.VAE(dict(theirs.config)).requires_grad_(False)
@@ -101,7 +105,8 @@ def test_vae(mult, blocks):
     assert (ours.decode(latents) - decoded).abs().max() < 1e-4
 
 
-# The whole pipeline: 64 px, the tiny checkpoint with another transformer and another final norm of the text encoder
+# The whole pipeline: 64 px, the tiny checkpoint with another transformer and another final norm of the text
+# encoder
 
 
 class ImageProcessorOnly(Qwen3VLProcessor):
@@ -120,7 +125,8 @@ def load_pipeline(root):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The tiny checkpoint with a random transformer and a final norm that betrays embeddings taken after it."""
+    """The tiny checkpoint with a random transformer and a final norm that betrays embeddings taken after it.
+    """
     root = tmp_path_factory.mktemp("pipeline")
     for name in ("model_index.json", "processor", "scheduler", "vae"):
         (root / name).symlink_to(TINY / name)
@@ -140,7 +146,8 @@ def pipeline(root):
 
 def source_image(path, seed, size):
     """Save smooth coloured noise with a varying alpha channel."""
-    pixels = torch.randint(0, 256, (5, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (5, 4, 4), generator=torch.Generator().manual_seed(seed),
+                           dtype=torch.uint8)
     Image.fromarray(pixels.numpy(), "RGBA").resize(size, Image.Resampling.BICUBIC).save(path)
     return str(path)
 
@@ -152,7 +159,8 @@ def our_picture(root, request, cfg):
     vae = model.load_vae(root, device, torch.float32)
     encoded = model.encode_prompts(root, vae, {0: request}, (4, 4), device)
     sigmas = model.read_config(root / "model_index.json")["sample_sigmas"]
-    t = model.timesteps(model.read_config(root / "scheduler" / "scheduler_config.json"), 16, sample_sigmas=sigmas)
+    t = model.timesteps(model.read_config(root / "scheduler" / "scheduler_config.json"), 16,
+                        sample_sigmas=sigmas)
     sampler, last = model.Sampler(transformer, graphs=False), len(sigmas)
     ((_, (image,), states),) = model.generate(
         sampler, vae, encoded, [(0, 0, 0)], (4, 4), t, torch.zeros(last), cfg, seed=0, batch=1, keep=[last])
@@ -167,7 +175,9 @@ def their_picture(pipeline, request, cfg):
 
 
 def compare(root, pipeline, request, cfg):
-    """Equal to 1e-3 of the range; the 8-bit picture may be half a level further. The picture must not be trivial."""
+    """Equal to 1e-3 of the range; the 8-bit picture may be half a level further. The picture must not be
+    trivial.
+    """
     (image, ours), theirs = our_picture(root, request, cfg), their_picture(pipeline, request, cfg)
     assert theirs[:3].std() > 0.05 and ((theirs[:3] > 0) & (theirs[:3] < 1)).float().mean() > 0.5
     assert ours.shape == theirs.shape == (4, 64, 64)

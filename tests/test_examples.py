@@ -1,4 +1,5 @@
-"""The reward functions that the README offers for copying, on small stand-ins of the models that they load."""
+"""The reward functions that the README offers for copying, on small stand-ins of the models that they load.
+"""
 
 import importlib.util
 import json
@@ -25,7 +26,8 @@ def save_clip(directory, kind, config, images, processor):
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
     processor(images, tokenizer).save_pretrained(directory)
-    kind(config(text_config=text, vision_config=SIZE | {"image_size": 32, "patch_size": 8}, projection_dim=32)).save_pretrained(directory)
+    kind(config(text_config=text, vision_config=SIZE | {"image_size": 32, "patch_size": 8},
+                projection_dim=32)).save_pretrained(directory)
 
 
 @pytest.fixture
@@ -44,30 +46,37 @@ def test_a_preference_model_is_a_reward(tmp_path, monkeypatch, images):
     requests = [model.Request(prompt) for prompt in ("a red circle", "a blue square", "a red circle")]
     (first, _), (second, _), (third, _) = reward(images, requests)
     clip = sys.modules["preference"].clip
-    inputs = sys.modules["preference"].processor(text=["a red circle"], images=[images[0].convert("RGB")], return_tensors="pt")
+    inputs = sys.modules["preference"].processor(text=["a red circle"], images=[images[0].convert("RGB")],
+                                                 return_tensors="pt")
     with torch.no_grad():
         expected = clip(**inputs).logits_per_image.item() / clip.logit_scale.exp().item() * 100
-    assert first == pytest.approx(expected, abs=1e-3) and len({first, second, third}) == 3 and reward.range == (15, 25)
+    assert first == pytest.approx(expected,
+                                  abs=1e-3) and len({first, second, third}) == 3 and reward.range == (15, 25)
 
 
 def test_a_counting_reward_takes_its_answer_from_the_prompt_file(tmp_path, monkeypatch, images):
     from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
 
-    save_clip(tmp_path, OwlViTForObjectDetection, OwlViTConfig, OwlViTImageProcessor(size={"height": 32, "width": 32}), OwlViTProcessor)
+    save_clip(tmp_path, OwlViTForObjectDetection, OwlViTConfig,
+              OwlViTImageProcessor(size={"height": 32, "width": 32}), OwlViTProcessor)
     monkeypatch.setenv("DETECTOR", str(tmp_path))
     (tmp_path / "counts.jsonl").write_text("\n".join(map(json.dumps, [
-        {"prompt": "two cats", "object": "cat", "count": 2}, {"prompt": "a cat", "object": "cat", "count": 16}, {"prompt": "a sky"}])))
+        {"prompt": "two cats", "object": "cat", "count": 2},
+        {"prompt": "a cat", "object": "cat", "count": 16}, {"prompt": "a sky"}])))
     (reward,) = model.load_rewards([f"counting={EXAMPLES / 'counting.py'}:score"], tmp_path)
     counting = sys.modules["counting"]
     monkeypatch.setattr(counting, "THRESHOLD", 0.0)  # all 16 patches are found
-    assert reward(images, model.load_prompts(tmp_path / "counts.jsonl")) == [(pytest.approx(1 / 15), ""), (1.0, ""), (model.UNDEFINED, "")]
+    assert reward(images, model.load_prompts(tmp_path / "counts.jsonl")) == [(pytest.approx(1 / 15), ""),
+                                                                             (1.0, ""), (model.UNDEFINED, "")]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("dlib", "face_recognition_models", "skimage"))),
                     reason="pip install dlib-bin face-recognition-models scikit-image")
 def test_a_face_embedder_tells_people_apart(tmp_path):
-    """On a photograph of scikit-image, and on its 25-pixel portraits of others; the detector sees a second face in the photograph."""
+    """On a photograph of scikit-image, and on its 25-pixel portraits of others; the detector sees a second
+    face in the photograph.
+    """
     from skimage import data
 
     photograph = Image.fromarray(data.astronaut())
@@ -75,10 +84,16 @@ def test_a_face_embedder_tells_people_apart(tmp_path):
     request = model.Request("make it grey", sources=(str(tmp_path / "source.png"),))
     (identity,) = model.load_rewards([f"identity={EXAMPLES / 'faces.py'}:embed"], tmp_path)
     embed = sys.modules["faces"].embed
-    others = [Image.fromarray((255 * face).astype(np.uint8)).convert("RGB").resize((200, 200)) for face in data.lfw_subset()[:4]]
-    edits = [photograph, ImageOps.mirror(photograph), photograph.convert("L"), photograph.filter(ImageFilter.GaussianBlur(3)), others[0],
+    others = [Image.fromarray((255 * face).astype(np.uint8)).convert("RGB").resize((200, 200))
+              for face in data.lfw_subset()[:4]]
+    edits = [photograph, ImageOps.mirror(photograph), photograph.convert("L"),
+             photograph.filter(ImageFilter.GaussianBlur(3)), others[0],
              Image.new("RGB", (512, 512))]
-    same, mirrored, grey, blurred, other, nobody = (score for score, _ in identity([edit.convert("RGBA") for edit in edits], [request] * 6))
-    print({"same": same, "mirrored": mirrored, "grey": grey, "blurred": blurred, "another": other, "nobody": nobody})
+    same, mirrored, grey, blurred, other, nobody = (score
+                                                    for score,
+                                                    _ in identity([edit.convert("RGBA") for edit in edits],
+                                                                  [request] * 6))
+    print({"same": same, "mirrored": mirrored, "grey": grey, "blurred": blurred, "another": other,
+           "nobody": nobody})
     assert same == pytest.approx(1) and nobody == 0 and len(embed(photograph)) == 2
     assert min(mirrored, grey) > blurred > 0.85 > other > 0.7

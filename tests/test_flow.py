@@ -7,8 +7,10 @@ import torch
 
 import model
 
-SCHEDULER = dict(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9,
-                 base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
+SCHEDULER = dict(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=True, base_shift=0.5,
+                 max_shift=0.9,
+                 base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02,
+                 time_shift_type="exponential",
                  invert_sigmas=False, stochastic_sampling=False, use_karras_sigmas=False,
                  use_exponential_sigmas=False, use_beta_sigmas=False)
 TURBO = SCHEDULER | dict(use_dynamic_shifting=False, shift_terminal=None)
@@ -61,7 +63,8 @@ def their_timesteps(scheduler, tokens, sigmas):
 
 @pytest.mark.parametrize("side", [256, 512, 1024, 2048])
 @pytest.mark.parametrize("sample_sigmas", [None, TURBO_SIGMAS], ids=["40 steps", "sample_sigmas"])
-@pytest.mark.parametrize("scheduler", [SCHEDULER, TURBO, TURBO | {"shift": 3.0}], ids=["2.1", "Turbo", "shift 3"])
+@pytest.mark.parametrize("scheduler", [SCHEDULER, TURBO, TURBO | {"shift": 3.0}],
+                         ids=["2.1", "Turbo", "shift 3"])
 def test_timesteps_equal_diffusers_exactly(scheduler, sample_sigmas, side):
     tokens = (side // 16) ** 2
     sigmas = [1 - i / 40 for i in range(40)] if sample_sigmas is None else sample_sigmas
@@ -73,10 +76,12 @@ def test_timesteps_known_values():
     """The figures of a 1024 px image; four decimals."""
     t = model.timesteps(SCHEDULER, 4096)
     assert len(t) == 41 and t.dtype == torch.float32
-    assert torch.allclose(t[[0, 1, 2, -3, -2, -1]], torch.tensor([1, 0.9870, 0.9736, 0.0679, 0.02, 0]), atol=5e-5)
+    assert torch.allclose(t[[0, 1, 2, -3, -2, -1]], torch.tensor([1, 0.9870, 0.9736, 0.0679, 0.02, 0]),
+                          atol=5e-5)
 
 
-@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+@pytest.mark.parametrize("flag",
+                         ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
                                   "stochastic_sampling"])
 def test_unsupported_schedules_are_refused(flag):
     with pytest.raises(model.UserError, match=flag):
@@ -97,7 +102,8 @@ def test_ode_step_follows_a_straight_path():
     path = lambda t: (1 - t) * x0 + t * eps  # noqa: E731
     t = model.timesteps(SCHEDULER, 256, 10).double()
     for now, after in zip(t, t[1:]):
-        mean, std = model.sde_mean_std(path(now), eps - x0, now, after - now, torch.zeros((), dtype=torch.float64))
+        mean, std = model.sde_mean_std(path(now), eps - x0, now, after - now,
+                                       torch.zeros((), dtype=torch.float64))
         assert std == 0 and (mean - path(after)).abs().max() < 1e-14
 
 
@@ -124,8 +130,8 @@ def test_sde_step_equals_the_form_with_the_score():
 def test_sde_step_preserves_the_marginal_variance(t, sigma):
     """Data N(0, 1): one step of dt = -0.01 from N(0, V(t)) gives V(t + dt) up to O(dt^2).
 
-    Monte Carlo with 4e6 samples has a standard error below 6e-4; without the noise or without the score term the
-    variance would be off by sigma^2 |dt| >= 4.9e-3.
+    Monte Carlo with 4e6 samples has a standard error below 6e-4; without the noise or without the score term
+    the variance would be off by sigma^2 |dt| >= 4.9e-3.
     """
     variance = lambda t: (1 - t) ** 2 + t**2  # noqa: E731
     x = variance(t) ** 0.5 * randn(1, 4_000_000, 1)
@@ -136,10 +142,13 @@ def test_sde_step_preserves_the_marginal_variance(t, sigma):
 
 
 def end_variance(steps, stochastic, noise_level):
-    """Variance of x_0, and of the state after the first step, over the ODE's. Data N(0, 0.25), whose velocity is linear: exact."""
+    """Variance of x_0, and of the state after the first step, over the ODE's. Data N(0, 0.25), whose velocity
+    is linear: exact.
+    """
     t, found = model.timesteps(SCHEDULER, 1024, steps).double(), []
     for chosen in (stochastic, []):
-        sigma, variance = model.noise_levels(t, list(chosen), noise_level), [torch.ones((), dtype=torch.float64)]
+        sigma, variance = model.noise_levels(t, list(chosen),
+                                             noise_level), [torch.ones((), dtype=torch.float64)]
         for k in range(steps):
             velocity = (t[k] - (1 - t[k]) * 0.25) / ((1 - t[k])**2 * 0.25 + t[k]**2)  # E[eps - x0 | x] / x
             mean, std = model.sde_mean_std(1.0, velocity, t[k], t[k + 1] - t[k], sigma[k])
@@ -149,11 +158,14 @@ def end_variance(steps, stochastic, noise_level):
 
 
 def test_small_stochastic_steps_keep_the_marginals_but_for_the_first():
-    """README: at t = 1, where t_1 stands in, the variance grows by a^4 / 4 (6% at 0.7, 52% at 1.2) even if steps are small."""
+    """README: at t = 1, where t_1 stands in, the variance grows by a^4 / 4 (6% at 0.7, 52% at 1.2) even if
+    steps are small.
+    """
     assert end_variance(1000, range(1, 500), 0.7)[0] == pytest.approx(1, abs=0.01)
     for noise_level, bar in ((0.7, 1.06), (1.2, 1.52)):
         end, first = end_variance(1000, [0, 166, 333, 499], noise_level)
-        assert first == pytest.approx(1 + noise_level**4 / 4, abs=0.01) and end == pytest.approx(bar, abs=0.02)
+        assert first == pytest.approx(1 + noise_level**4 / 4, abs=0.01) and end == pytest.approx(bar,
+                                                                                                 abs=0.02)
     assert end_variance(40, [0, 6, 13, 19], 0.7)[0] < 1.07
     for noise_level, bar in ((0.7, 1.29), (1.2, 1.66)):
         assert end_variance(8, [0, 1, 2, 3], noise_level)[0] == pytest.approx(bar, abs=0.01)
@@ -189,7 +201,8 @@ def draws(key, count=2):
 
 
 def test_image_generator_depends_on_its_key_only():
-    keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 0, 2, 3), (0, 1, 3, 3), (0, 1, 2, 0), (0, 12, 3, 3), (0, 1, 23, 3)]
+    keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 0, 2, 3), (0, 1, 3, 3), (0, 1, 2, 0), (0, 12, 3, 3),
+            (0, 1, 23, 3)]
     first = {key: draws(key) for key in keys}
     torch.manual_seed(5)
     generators = {key: model.image_generator(*key) for key in reversed(keys)}
@@ -201,7 +214,9 @@ def test_image_generator_depends_on_its_key_only():
 
 
 def make_pairs(before=(), sources=()):
-    """Two prompts of different lengths, with the same text before the same source images; the first has two images."""
+    """Two prompts of different lengths, with the same text before the same source images; the first has two
+    images.
+    """
     a, b = ([make_prompt(seed + i, [*before, length], sources) for i, length in enumerate(lengths)]
             for seed, lengths in ((1, (5, 2)), (3, (8, 3))))
     return [a, a, b]
@@ -248,7 +263,8 @@ def naive_sample(network, pairs, generators, t, sigma, cfg):
 def test_sampler_equals_a_naive_loop_bit_for_bit(network, cfg, layout):
     pairs = make_pairs(*layout)
     states = naive_sample(network, pairs, generators(3), SCHEDULE, MIXED, cfg)
-    x, kept = model.Sampler(network, graphs=False)(pairs, generators(3), GRID, SCHEDULE, MIXED, cfg, keep=range(7))
+    x, kept = model.Sampler(network, graphs=False)(pairs, generators(3), GRID, SCHEDULE, MIXED, cfg,
+                                                   keep=range(7))
     assert sorted(kept) == list(range(7)) and torch.equal(x, kept[6][0])
     for k, state in enumerate(states):
         assert torch.equal(kept[k][0], state)
@@ -256,7 +272,9 @@ def test_sampler_equals_a_naive_loop_bit_for_bit(network, cfg, layout):
 
 @torch.no_grad()
 def test_kept_states_are_steps_of_the_sde(network):
-    """x_{k+1} = mean + std noise, the noise being the next of the image's own stream; deterministic steps draw none."""
+    """x_{k+1} = mean + std noise, the noise being the next of the image's own stream; deterministic steps
+    draw none.
+    """
     pair, sampler = make_pairs()[0], model.Sampler(network, graphs=False)
     noise = draws((0, 1, 2, 0), 4)
     _, kept = sampler([pair], generators(1), GRID, SCHEDULE, MIXED, 1, keep=[0, 1, 2, 3, 4])
@@ -295,14 +313,17 @@ def test_same_buffers_serve_other_prompts_of_the_same_shape(network):
 
 @torch.no_grad()
 def test_shapes_take_turns_in_one_arena(network):
-    """A longer prompt needs a larger arena, which sends every other entry away, unless it was made for the longest."""
+    """A longer prompt needs a larger arena, which sends every other entry away, unless it was made for the
+    longest.
+    """
     sampler, arguments = model.Sampler(network, graphs=False), (GRID, SCHEDULE, MIXED, 3)
     pairs = {length: (make_prompt(length, [length]), make_prompt(1, [2])) for length in (4, 9, 6)}
     for length, entries in ((4, 1), (9, 1), (6, 2), (4, 3), (9, 3), (6, 3)):
         x, _ = sampler([pairs[length]] * 2, generators(2), *arguments)
         fresh, _ = model.Sampler(network, graphs=False)([pairs[length]] * 2, generators(2), *arguments)
         assert torch.equal(x, fresh) and len(sampler.entries) == entries
-    places = {kv.untyped_storage().data_ptr() for b in sampler.entries.values() for pair in b.cond.kv + b.uncond.kv for kv in pair}
+    places = {kv.untyped_storage().data_ptr() for b in sampler.entries.values()
+              for pair in b.cond.kv + b.uncond.kv for kv in pair}
     assert places == {sampler.arena.untyped_storage().data_ptr()}
     sampler = model.Sampler(network, graphs=False, longest=11)
     for length, entries in ((4, 1), (9, 2), (6, 3)):
@@ -312,7 +333,8 @@ def test_shapes_take_turns_in_one_arena(network):
 
 def test_a_batch_holds_one_prompt_unless_pictures_are_small():
     """Small ones share a batch with those of other prompts of the same image layout."""
-    text, source = [(make_prompt(i, [i + 3]),) for i in range(3)], [(make_prompt(i, [2, i + 3], [(2, 2)]),) for i in range(2)]
+    text, source = [(make_prompt(i, [i + 3]),) for i in range(3)], [(make_prompt(i, [2, i + 3], [(2, 2)]),)
+                                                                    for i in range(2)]
     encoded = dict(enumerate(text + source))
     images = [(0, prompt, image) for prompt in encoded for image in range(3)]
 
@@ -341,7 +363,8 @@ def test_splitting_a_batch_does_not_change_the_images(network, rows, layout):
     pairs, sampler = make_pairs(*layout), model.Sampler(network, graphs=False)
     pairs = [pairs[row] for row in rows]
     together, _ = sampler(pairs, generators(5), GRID, SCHEDULE, MIXED, 3)
-    alone = [sampler(pairs[part], generators(5)[part], GRID, SCHEDULE, MIXED, 3)[0] for part in (slice(2), slice(2, 5))]
+    alone = [sampler(pairs[part], generators(5)[part], GRID, SCHEDULE, MIXED, 3)[0]
+             for part in (slice(2), slice(2, 5))]
     assert together.std(0).mean() > 0.1
     assert (together - torch.cat(alone)).norm() < 1e-5 * together.norm()
 
@@ -352,12 +375,14 @@ def test_splitting_a_batch_does_not_change_the_images(network, rows, layout):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layout", [([7],), ([3, 2, 5], [(4, 6), (2, 4)])], ids=["text", "two sources"])
 def test_shared_prefix_gradients_equal_plain_autograd(network, layout, checkpointing):
-    """Micro-batches on detached keys and values, then one prefix backward; relative error 1e-5 per parameter."""
+    """Micro-batches on detached keys and values, then one prefix backward; relative error 1e-5 per parameter.
+    """
     prompt = make_prompt(1, *layout)
     x, target, t = randn(5, TOKENS, 4), randn(5, TOKENS, 4, seed=1), torch.linspace(0.1, 1, 5)
 
     for i in range(5):
-        (network.velocity(x[i:i + 1], t[i:i + 1], network.prefix([prompt], GRID)) - target[i:i + 1]).pow(2).sum().backward()
+        (network.velocity(x[i:i + 1], t[i:i + 1],
+                          network.prefix([prompt], GRID)) - target[i:i + 1]).pow(2).sum().backward()
     expected = {name: param.grad for name, param in network.named_parameters()}
     network.zero_grad(set_to_none=True)
 

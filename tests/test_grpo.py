@@ -13,7 +13,10 @@ from runs import ORACLE, ROOT, SMALL, checkpoint, run_script
 
 
 def test_advantage_is_the_weighted_sum_of_group_z_scores():
-    scores, weights = torch.randn(3, 5, 8) * torch.tensor([1.0, 10.0, 0.01])[:, None, None] + 3, torch.tensor([0.5, 0.3, 0.2])
+    scores, weights = torch.randn(3, 5, 8) * torch.tensor([1.0, 10.0, 0.01])[:, None,
+                                                                             None] + 3, torch.tensor([0.5,
+                                                                                                      0.3,
+                                                                                                      0.2])
     expected = torch.zeros(5, 8)
     for k in range(3):
         for p in range(5):
@@ -38,7 +41,8 @@ def test_advantage_ignores_constant_groups_and_failed_scores():
 def log_prob(x_next, x, v, t, dt, sigma):
     """Of a stochastic step, per dimension: the reverse-time SDE written through the score of the marginal."""
     score = -(x + (1 - t) * v) / t
-    return torch.distributions.Normal(x + (v - sigma**2 / 2 * score) * dt, sigma * (-dt) ** 0.5).log_prob(x_next)
+    return torch.distributions.Normal(x + (v - sigma**2 / 2 * score) * dt,
+                                      sigma * (-dt) ** 0.5).log_prob(x_next)
 
 
 def loss_inputs():
@@ -56,7 +60,8 @@ def test_printed_loss_equals_the_clipped_surrogate_with_torch_distributions():
     mean_old, std = sde_mean_std(x, v_old, *step)
     x_next = mean_old + std * z
     r = (log_prob(x_next, x, v, *step) - log_prob(x_next, x, v_old, *step)).sum((1, 2)).exp()
-    expected = torch.stack([-min(r_i * a, max(min(r_i, 1.02), 0.98) * a) for r_i, a in zip(r, advantage)]).sum()
+    expected = torch.stack([-min(r_i * a, max(min(r_i, 1.02), 0.98) * a)
+                            for r_i, a in zip(r, advantage)]).sum()
     torch.testing.assert_close(ratio, r)
     torch.testing.assert_close(loss, expected)
     assert ((r - 1).abs() > 0.02).any() and ((r - 1).abs() < 0.02).any()  # both branches of the clip were met
@@ -70,19 +75,21 @@ def test_gradient_at_ratio_one_is_reinforce():
     w = v_old.clone().requires_grad_()
     mean_old, std = sde_mean_std(x, v_old, *step)
     logp = log_prob(mean_old + std * z, x, w, *step).sum((1, 2))
-    torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.autograd.grad(-(advantage * logp).sum(), w)[0])
+    torch.testing.assert_close(torch.autograd.grad(loss, v)[0],
+                               torch.autograd.grad(-(advantage * logp).sum(), w)[0])
 
 
 @pytest.mark.parametrize("w, bias", [(1.0, 0.0), (2.0, 0.143), (4.0, 0.004)])
 def test_hybrid_gradient_is_that_of_the_guided_sampler(w, bias):
-    """One dimension, v_c = theta x + 0.3 trained, v_u = -0.2 x frozen, two stochastic steps and two of the ODE, reward -(x_0 - 1)^2.
+    """One dimension, v_c = theta x + 0.3 trained, v_u = -0.2 x frozen, two stochastic steps and two of the
+    ODE, reward -(x_0 - 1)^2.
 
-    Everything is a polynomial in the initial and the two steps' noises, so that Gauss-Hermite quadrature is exact: the loss's
-    gradient is 1/w of the expected reward's, which is differentiated through the sampler itself. That of the unguided densities at
-    the sampled states is biased.
+    Everything is a polynomial in the initial and the two steps' noises, so that Gauss-Hermite quadrature is
+    exact: the loss's gradient is 1/w of the expected reward's, which is differentiated through the sampler
+    itself. That of the unguided densities at the sampled states is biased.
     """
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(6))
-    noise = torch.cartesian_prod(nodes, nodes, nodes).T                                                      # x_1, z_1, z_2  (3, 216)
+    noise = torch.cartesian_prod(nodes, nodes, nodes).T                              # x_1, z_1, z_2  (3, 216)
     weights = torch.cartesian_prod(weights, weights, weights).prod(1) / (2 * torch.pi) ** 1.5
     t = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.0], dtype=torch.float64)
     sigma = model.noise_levels(t, [0, 1], 0.7).double()
@@ -102,26 +109,34 @@ def test_hybrid_gradient_is_that_of_the_guided_sampler(w, bias):
     reward, states = sample(theta.detach())
     found = {}
     for name in ("printed", "default"):
-        rows = [((theta * x + 0.3)[:, None, None], noise[k + 1][:, None, None], mean_shift(t[k], t[k + 1] - t[k], sigma[k]))
+        rows = [((theta * x + 0.3)[:, None, None], noise[k + 1][:, None, None],
+                 mean_shift(t[k], t[k + 1] - t[k], sigma[k]))
                 for k, x in enumerate(states[:2])]
-        losses = [grpo_loss(v, v.detach(), z, kappa if name == "printed" else 1.0, weights * reward, 0.1)[0] for v, z, kappa in rows]
+        losses = [grpo_loss(v, v.detach(), z, kappa if name == "printed" else 1.0, weights * reward, 0.1)[0]
+                  for v, z, kappa in rows]
         found[name] = [torch.autograd.grad(-loss, theta, retain_graph=True)[0] for loss in losses]
     assert abs(exact) > 1e-3 and w * sum(found["printed"]).item() == pytest.approx(exact.item(), rel=1e-10)
-    for a, b, (*_, kappa) in zip(*found.values(), rows):  # the default drops kappa_t, the weight of a step, and nothing else
+    # the default drops kappa_t, the weight of a step, and nothing else
+    for a, b, (*_, kappa) in zip(*found.values(), rows):
         torch.testing.assert_close(a, kappa * b)
-    sampled = [log_prob(states[k + 1], x, theta * x + 0.3, t[k], t[k + 1] - t[k], sigma[k]) for k, x in enumerate(states[:2])]
+    sampled = [log_prob(states[k + 1], x, theta * x + 0.3, t[k], t[k + 1] - t[k], sigma[k])
+               for k, x in enumerate(states[:2])]
     (displaced,) = torch.autograd.grad((weights * reward * sum(sampled)).sum(), theta)
     assert (w * displaced / exact - 1).item() == pytest.approx(bias, abs=1e-3)
 
 
 def test_hybrid_gradient_on_the_tiny_model():
-    """Equals 1/w of that of the guided policy's log-density at the sampled states, whose unconditional branch is left alone."""
+    """Equals 1/w of that of the guided policy's log-density at the sampled states, whose unconditional branch
+    is left alone.
+    """
     root, w, steps = ROOT / "tests" / "tiny" / "model", 3.0, [0, 2]
     network = model.materialise(model.new_transformer(root, torch.float32), root, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    pair = tuple(model.Prompt(torch.randn(n, network.config["context_in_dim"], generator=generator), [False] * n, []) for n in (7, 3))
+    pair = tuple(model.Prompt(torch.randn(n, network.config["context_in_dim"], generator=generator),
+                              [False] * n, []) for n in (7, 3))
     grid, t, _ = model.sampling_settings(root, (64, 64), 6)
-    sigma, generators = model.noise_levels(t, steps, 0.7), [model.image_generator(0, 0, 0, g) for g in range(4)]
+    sigma, generators = model.noise_levels(t, steps, 0.7), [model.image_generator(0, 0, 0, g)
+                                                            for g in range(4)]
     _, states = model.Sampler(network, graphs=False)([pair] * 4, generators, grid, t, sigma, w, [0, 1, 2, 3])
     advantage, gradients = torch.tensor([1.0, -0.5, 0.25, -0.75]), []
     for hybrid in (True, False):
@@ -135,14 +150,17 @@ def test_hybrid_gradient_on_the_tiny_model():
             else:
                 u = network.velocity(x, t[k].expand(4), prefixes[1]).detach()
                 total -= (advantage * log_prob(x_next, x, u + w * (v - u), *step).sum((1, 2))).sum() / w
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, [*network.transformer_blocks.parameters()])]))
+        found = torch.autograd.grad(total, [*network.transformer_blocks.parameters()])
+        gradients.append(torch.cat([g.flatten() for g in found]))
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3 * gradients[0].abs().max().item())
     assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
 
 
 @pytest.mark.parametrize("tokens, channels", [(16, 16), (1024, 64), (4096, 64)])
 def test_the_spread_of_the_ratio_is_the_change_of_velocity(tokens, channels):
-    """Whatever the resolution: an rms change of 0.03 spreads the log-ratio by 0.03, around a mean that does not matter."""
+    """Whatever the resolution: an rms change of 0.03 spreads the log-ratio by 0.03, around a mean that does
+    not matter.
+    """
     generator = torch.Generator().manual_seed(0)
     v, parts = 0.03 * torch.randn(1, tokens, channels, generator=generator), []
     for _ in range(10):
@@ -158,8 +176,12 @@ def test_kl_is_the_mean_square_velocity_difference():
 
 
 def test_trained_steps_prefer_high_noise():
-    assert trained_steps("3", 8) == [0, 2, 3] and trained_steps("1", 8) == [0] and trained_steps("4", 40) == [0, 6, 13, 19]
-    assert trained_steps("half", 8) == [0, 1, 2, 3] and trained_steps("all", 3) == [0, 1, 2] and trained_steps("5,0,", 8) == [0, 5]
+    assert trained_steps("3", 8) == [0, 2, 3] and trained_steps("1", 8) == [0] and trained_steps("4",
+                                                                                                 40) == [0, 6,
+                                                                                                         13,
+                                                                                                         19]
+    assert trained_steps("half", 8) == [0, 1, 2, 3] and trained_steps("all", 3) == [0, 1, 2]
+    assert trained_steps("5,0,", 8) == [0, 5]
     for spec in ("5", "0", "-1", "x", "", ",", "8,", "0,-1", "0,1,2-5", "0,,2"):
         with pytest.raises(model.UserError, match=f"--train-timesteps {spec}: want 1 to 4"):
             trained_steps(spec, 8)
@@ -167,10 +189,12 @@ def test_trained_steps_prefer_high_noise():
 
 def test_prompts_of_a_step_depend_on_seed_and_step_alone_and_are_shared_out_evenly():
     epoch = sorted(i for step in range(4) for i in model.prompt_ids(step, 32, 8, seed=3))
-    assert epoch == list(range(32)) and model.prompt_ids(5, 32, 8, 3) == model.prompt_ids(5, 32, 8, 3) != model.prompt_ids(5, 32, 8, 4)
+    assert epoch == list(range(32))
+    assert model.prompt_ids(5, 32, 8, 3) == model.prompt_ids(5, 32, 8, 3) != model.prompt_ids(5, 32, 8, 4)
     ids = model.prompt_ids(0, 32, 8, 3)
     one, two = model.rank_share(ids, 2, 0, 1), [model.rank_share(ids, 2, rank, 2) for rank in (0, 1)]
-    assert sorted(one) == ids and [sorted(two[0][u] + two[1][u]) for u in (slice(2), slice(2, 4))] == [one[:4], one[4:]]
+    assert sorted(one) == ids and [sorted(two[0][u] + two[1][u])
+                                   for u in (slice(2), slice(2, 4))] == [one[:4], one[4:]]
 
 
 # The script
@@ -190,20 +214,23 @@ def test_first_ratio_is_exactly_one_and_the_second_is_not(four_steps):
 
 def test_run_directory_is_complete(four_steps):
     run = four_steps[0] / "runs" / "run"
-    for name in ("args.json", "curve.png", "samples/000000.png", "model/model_index.json", "model/vae/config.json",
+    for name in ("args.json", "curve.png", "samples/000000.png", "model/model_index.json",
+                 "model/vae/config.json",
                  "model/transformer/diffusion_pytorch_model.safetensors"):
         assert (run / name).stat().st_size > 0
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """The first gradient's norm to 1e-5, Adam's first moments after four updates to 1e-3, log lines to three digits.
+    """The first gradient's norm to 1e-5, Adam's first moments after four updates to 1e-3, log lines to three
+    digits.
 
     A group is a rollout batch, so that both sample the same states; other batch shapes round differently.
     """
     folders, logs = [tmp_path / "one", tmp_path / "two"], []
     for processes, folder in enumerate(folders, 1):
         folder.mkdir()
-        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "2", *SMALL, "--rollout-batch", "4", processes=processes))
+        logs.append(run_script(folder, "--reward", ORACLE, "--steps", "2", *SMALL, "--rollout-batch", "4",
+                               processes=processes))
     states = [checkpoint(folder)["optimizer"]["state"] for folder in folders]
     one, two = (torch.cat([state[name]["exp_avg"].flatten() for name in sorted(state)]) for state in states)
     assert (one - two).norm() <= 1e-3 * one.norm()
@@ -230,21 +257,28 @@ def test_a_slot_that_differs_from_the_policy_is_seen_in_the_first_ratio(tmp_path
 
 def test_editing_with_the_kl_and_several_rewards(tmp_path):
     (line,) = run_script(
-        tmp_path, "--reward", ORACLE, f"alignment={ROOT / 'tests/tiny/world.py'}:alignment_reward", "--steps", "1", "--kl-coef", "0.1",
-        "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts", str(ROOT / "tests/tiny/edits_heldout.jsonl"),
+        tmp_path, "--reward", ORACLE, f"alignment={ROOT / 'tests/tiny/world.py'}:alignment_reward", "--steps",
+        "1", "--kl-coef", "0.1",
+        "--prompts", str(ROOT / "tests/tiny/edits.jsonl"), "--eval-prompts",
+        str(ROOT / "tests/tiny/edits_heldout.jsonl"),
         "--micro-batch", "5", "--rollout-batch", "6", "--checkpointing", "--cudnn", *SMALL)
-    assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1] and set(line["reward"]) == {"aesthetic", "alignment"}
+    assert line["ratio_dev"][0] == line["kl"][0] == 0.0 < line["kl"][1]
+    assert set(line["reward"]) == {"aesthetic", "alignment"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_compiled_blocks_train_the_same(tmp_path, processes):
-    """With recomputed activations; slot and policy are compiled alike, so the first ratio is still 1, and so is the gradient nearly."""
+    """With recomputed activations; slot and policy are compiled alike, so the first ratio is still 1, and so
+    is the gradient nearly.
+    """
     logs = []
     for flags in ([], ["--compile"]):
         (tmp_path / f"with{len(flags)}").mkdir()
-        logs.append(run_script(tmp_path / f"with{len(flags)}", "--reward", ORACLE, "--steps", "1", "--checkpointing", *flags, *SMALL,
+        logs.append(run_script(tmp_path / f"with{len(flags)}", "--reward", ORACLE, "--steps", "1",
+                               "--checkpointing", *flags, *SMALL,
                                processes=processes)[0])
     plain, compiled = logs
-    assert compiled["ratio_dev"][0] < 1e-6 and compiled["loss"][0] == pytest.approx(plain["loss"][0], abs=1e-6)
+    assert compiled["ratio_dev"][0] < 1e-6 and compiled["loss"][0] == pytest.approx(plain["loss"][0],
+                                                                                    abs=1e-6)
     assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=2e-2)

@@ -1,4 +1,6 @@
-"""Checkpoints: what is saved loads back exactly, and what is not the model's is refused with the file and the key."""
+"""Checkpoints: what is saved loads back exactly, and what is not the model's is refused with the file and the
+key.
+"""
 
 import json
 
@@ -8,10 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import model
 
-TRANSFORMER = {"_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": 4, "out_channels": 4,
-               "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "context_in_dim": 6, "mlp_ratio": 2,
+TRANSFORMER = {"_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": 4,
+               "out_channels": 4,
+               "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "context_in_dim": 6,
+               "mlp_ratio": 2,
                "axes_dims_rope": [4, 2, 2], "eps": 1e-6, "causal_condition": True}
-VAE = {"_class_name": "AutoencoderKLQwenImage21", "base_dim": 2, "decoder_base_dim": 2, "z_dim": 4, "in_channels": 4,
+VAE = {"_class_name": "AutoencoderKLQwenImage21", "base_dim": 2, "decoder_base_dim": 2, "z_dim": 4,
+       "in_channels": 4,
        "out_channels": 4, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1,
        "temperal_downsample": [False, True, True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,9 +37,11 @@ def random_state(network, seed=0):
 
 @pytest.fixture
 def root(tmp_path):
-    """A small directory in the hub layout, fp32 weights; processor, text encoder and scheduler are stand-ins."""
+    """A small directory in the hub layout, fp32 weights; processor, text encoder and scheduler are stand-ins.
+    """
     root = tmp_path / "base"
-    write_json(root / "model_index.json", {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64]}})
+    write_json(root / "model_index.json",
+               {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64]}})
     for name, network, config in (("transformer", model.FlowTransformer(TRANSFORMER), TRANSFORMER),
                                   ("vae", model.VAE(VAE), VAE)):
         write_json(root / name / "config.json", config)
@@ -85,7 +92,8 @@ def test_saved_directory_is_complete(root, tmp_path):
     assert sorted(path.name for path in (new / "transformer").iterdir()) == ["config.json", WEIGHTS]
     assert (new / "vae").readlink() == root / "vae"
     assert model.new_transformer(new, torch.float32).config == TRANSFORMER
-    index = {"_class_name": "QwenImage21Pipeline", "_sampling": {"size": [64, 64], "guidance_scale": 3.0, "trained_on": ["b"]}}
+    index = {"_class_name": "QwenImage21Pipeline",
+             "_sampling": {"size": [64, 64], "guidance_scale": 3.0, "trained_on": ["b"]}}
     assert json.loads((new / "model_index.json").read_text()) == index
     assert not (tmp_path / "new.part").exists()
     assert len(load_file(new / "transformer" / WEIGHTS)) == len(load_file(root / "transformer" / WEIGHTS))
@@ -97,7 +105,8 @@ def test_save_replaces_an_older_save_and_keeps_the_base(root, tmp_path):
     model.save_model(tmp_path / "new", root, network, guidance=3.0, trained_on=[])
     write_json(tmp_path / "new.part" / "transformer" / "stale.json", {})  # as a killed save leaves it
     network.load_state_dict(random_state(network, seed=1))
-    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0, trained_on=["a"])  # base is itself a save
+    # base is itself a save
+    model.save_model(tmp_path / "again", tmp_path / "new", network, guidance=1.0, trained_on=["a"])
     model.save_model(tmp_path / "new", root, network, guidance=1.0, trained_on=[])
     for directory in (tmp_path / "new", tmp_path / "again"):
         for param, loaded in zip(network.parameters(), load(directory).parameters(), strict=True):
@@ -118,7 +127,9 @@ def test_sharded_save_loads_back(root, tmp_path, monkeypatch, shard_bytes):
     assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
     assert files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     for name in files:
-        assert load_file(directory / name).keys() == {key for key, file in index["weight_map"].items() if file == name}
+        assert load_file(directory / name).keys() == {key
+                                                      for key,
+                                                      file in index["weight_map"].items() if file == name}
         sizes = [2 * value.numel() for value in load_file(directory / name).values()]
         assert sum(sizes) <= max(shard_bytes, sizes[0])
     assert index["metadata"]["total_size"] == 2 * sum(param.numel() for param in network.parameters())
@@ -131,7 +142,8 @@ def test_sharded_save_loads_back(root, tmp_path, monkeypatch, shard_bytes):
 CHANGES = {
     "missing": (lambda state: state.pop(KEY), ["transformer", "missing", KEY]),
     "unexpected": (lambda state: state.update(lora=torch.zeros(1)), ["transformer", "unexpected", "lora"]),
-    "time_conv outside the VAE": (lambda state: state.update({TIME_CONV: torch.zeros(1)}), ["unexpected", TIME_CONV]),
+    "time_conv outside the VAE": (lambda state: state.update({TIME_CONV: torch.zeros(1)}),
+                                  ["unexpected", TIME_CONV]),
     "rows": (lambda state: state.update({KEY: state[KEY][:8]}), [WEIGHTS, KEY, "[8, 16]", "[16, 16]"]),
     "flattened": (lambda state: state.update({KEY: state[KEY].flatten()}), [WEIGHTS, KEY, "[256]"]),
     "integers": (lambda state: state.update({KEY: state[KEY].to(torch.int32)}), [WEIGHTS, KEY, "I32"]),
@@ -243,7 +255,8 @@ def test_find_model_names_what_is_not_there(root, monkeypatch):
         model.find_model(root)
 
 
-@pytest.mark.parametrize("key, value", [("patch_size", 2), ("causal_condition", False), ("_class_name", "Flux")])
+@pytest.mark.parametrize("key, value",
+                         [("patch_size", 2), ("causal_condition", False), ("_class_name", "Flux")])
 def test_transformer_config_refuses(root, key, value):
     path = root / "transformer" / "config.json"
     write_json(path, TRANSFORMER | {key: value})
@@ -254,7 +267,8 @@ def test_transformer_config_refuses(root, key, value):
 
 
 def test_transformer_config_without_the_optional_keys(root):
-    config = {key: value for key, value in TRANSFORMER.items() if key not in ("patch_size", "causal_condition", "eps")}
+    config = {key: value
+              for key, value in TRANSFORMER.items() if key not in ("patch_size", "causal_condition", "eps")}
     write_json(root / "transformer" / "config.json", config)
     assert model.new_transformer(root, torch.float32).config == config
     load(root)
@@ -262,7 +276,8 @@ def test_transformer_config_without_the_optional_keys(root):
 
 @pytest.mark.parametrize("text", ["", "{'patch_size': 1}", '{"patch_size": 1'])
 @pytest.mark.parametrize("name, read", [("model_index.json", model.find_model),
-                                        ("transformer/config.json", lambda root: model.new_transformer(root, torch.float32))])
+                                        ("transformer/config.json",
+                                         lambda root: model.new_transformer(root, torch.float32))])
 def test_refuses_a_config_that_is_not_json(root, name, read, text):
     (root / name).write_text(text)
     with pytest.raises(model.UserError, match="not JSON") as error:
@@ -274,7 +289,8 @@ def test_refuses_a_config_that_is_not_json(root, name, read, text):
 
 
 @pytest.mark.parametrize("line", [
-    '"a"', "{}", '{"prompt": null}', '{"prompt": "a", "source": 5}', '{"prompt": "a", "category": ["b"]}', '{"prompt": "a", "task": 3}',
+    '"a"', "{}", '{"prompt": null}', '{"prompt": "a", "source": 5}', '{"prompt": "a", "category": ["b"]}',
+    '{"prompt": "a", "task": 3}',
     "{"])
 def test_a_bad_line_of_a_prompt_file_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
@@ -284,8 +300,10 @@ def test_a_bad_line_of_a_prompt_file_is_named(tmp_path, line):
 
 @pytest.mark.parametrize("line, message", [
     (b'{"prompt": "a", "sources": ["x.png"]}', 'unknown key "sources"; is "source" meant'),
-    (b'{"prompt": "a", "sorce": ["x.png"]}', 'unknown key "sorce"; is "source" meant'), (b'{"prompt": "  "}', "the prompt is empty"),
-    (b'{"prompt": "a", "source": "gone.png"}', "there is no source image .*gone.png"), (b'{"prompt": "\xe9"}', "not UTF-8")])
+    (b'{"prompt": "a", "sorce": ["x.png"]}', 'unknown key "sorce"; is "source" meant'),
+    (b'{"prompt": "  "}', "the prompt is empty"),
+    (b'{"prompt": "a", "source": "gone.png"}', "there is no source image .*gone.png"),
+    (b'{"prompt": "\xe9"}', "not UTF-8")])
 def test_a_line_that_would_mean_something_else_is_named(tmp_path, line, message):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a", "answer": 3}\n' + line + b"\n")
     with pytest.raises(model.UserError, match=f"p.jsonl:2: {message}"):
@@ -294,7 +312,8 @@ def test_a_line_that_would_mean_something_else_is_named(tmp_path, line, message)
 
 def test_prompt_files_may_begin_with_a_mark_and_hold_null_sources(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\r\na blue \u00e9toile\r\n".encode())
-    assert [request.prompt for request in model.load_prompts(tmp_path / "p.txt")] == ["a red circle", "a blue \u00e9toile"]
+    assert [request.prompt for request in model.load_prompts(tmp_path / "p.txt")] == ["a red circle",
+                                                                                      "a blue \u00e9toile"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "source": null, "task": "poster"}\n')
     assert model.load_prompts(tmp_path / "p.jsonl") == [model.Request("a", task="poster")]
 
@@ -305,4 +324,5 @@ def test_a_config_that_lacks_a_key_is_named(root, part, key):
     del config[key]
     write_json(root / part / "config.json", config)
     with pytest.raises(model.UserError, match=f"{part}/config.json: '{key}' is missing"):
-        model.new_transformer(root, torch.float32) if part == "transformer" else model.load_vae(root, "cpu", torch.float32)
+        model.new_transformer(root, torch.float32) if part == "transformer" else model.load_vae(root, "cpu",
+                                                                                                torch.float32)

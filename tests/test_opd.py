@@ -22,7 +22,9 @@ def inputs():
 
 def test_loss_is_equation_14_element_by_element():
     v, v_teacher, weight = inputs()
-    expected = sum(weight[b].item() * sum((x - y) ** 2 for x, y in zip(v[b].flatten().tolist(), v_teacher[b].flatten().tolist())) / 64
+    expected = sum(weight[b].item() * sum((x - y) ** 2
+                                          for x, y in zip(v[b].flatten().tolist(),
+                                                   v_teacher[b].flatten().tolist())) / 64
                    for b in range(6))
     loss, error = opd.opd_loss(v, v_teacher, weight)
     assert loss.item() == pytest.approx(expected) and (weight * error).sum().item() == pytest.approx(expected)
@@ -43,13 +45,19 @@ def test_gradient_of_rows_is_that_of_one_joint_loss():
 
 
 def test_a_student_that_is_its_teacher_stays_put(tmp_path):
-    """Unguided, the loss is exactly 0, and weight decay is off: nothing moves. Without judges there are pictures, but no table."""
-    (tmp_path / "few.jsonl").write_text("".join((ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines(keepends=True)[:3]))
-    arguments = [*SMALL, "--teacher-cfg", "1", "--steps", "1", "--eval-prompts", "few.jsonl", "--eval-images", "6"]
+    """Unguided, the loss is exactly 0, and weight decay is off: nothing moves. Without judges there are
+    pictures, but no table.
+    """
+    lines = (ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
+    arguments = [*SMALL, "--teacher-cfg", "1", "--steps", "1", "--eval-prompts", "few.jsonl", "--eval-images",
+                 "6"]
     (line,) = run_script(tmp_path, *TEACHERS, *arguments, script="opd.py")
     assert line["loss"] == [0.0] and line["grad_norm"] == [0.0]
-    assert (tmp_path / "runs/run/samples/before_after.png").exists() and not (tmp_path / "runs/run/eval.json").exists()
-    saved = model.materialise(model.new_transformer(tmp_path / "runs/run/model", torch.float32), tmp_path / "runs/run/model", "cpu")
+    assert (tmp_path / "runs/run/samples/before_after.png").exists()
+    assert not (tmp_path / "runs/run/eval.json").exists()
+    saved = model.materialise(model.new_transformer(tmp_path / "runs/run/model", torch.float32),
+                              tmp_path / "runs/run/model", "cpu")
     base = model.materialise(model.new_transformer(BASE, torch.float32), BASE, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters()))
 
@@ -78,11 +86,13 @@ def test_resume_gives_the_same_bits(three_steps, tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """First update's gradient norm and loss; a group is a rollout batch, so that both sample the same states."""
+    """First update's gradient norm and loss; a group is a rollout batch, so that both sample the same states.
+    """
     logs = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        logs += run_script(tmp_path / str(processes), *TEACHERS, "--steps", "1", "--rollout-batch", "4", *SMALL, script="opd.py",
+        logs += run_script(tmp_path / str(processes), *TEACHERS, "--steps", "1", "--rollout-batch", "4",
+                           *SMALL, script="opd.py",
                            processes=processes)
     assert logs[1]["loss"][0] == pytest.approx(logs[0]["loss"][0], rel=1e-5)
     assert logs[1]["grad_norm"][0] == pytest.approx(logs[0]["grad_norm"][0], rel=1e-4)
@@ -91,7 +101,9 @@ def test_two_processes_agree_with_one(tmp_path):
 
 
 def test_every_prompt_has_its_tasks_teacher(tmp_path, three_steps):
-    """An edit teacher whose velocities are zero: the error of edits is the student's own velocity, that of the others is as before."""
+    """An edit teacher whose velocities are zero: the error of edits is the student's own velocity, that of
+    the others is as before.
+    """
     network = model.materialise(model.new_transformer(BASE, torch.float32), BASE, "cpu")
     torch.nn.init.zeros_(network.proj_out.weight)
     network.requires_grad_(False)
@@ -106,18 +118,23 @@ def test_every_prompt_has_its_tasks_teacher(tmp_path, three_steps):
 
 
 def test_more_teachers_stay_in_host_memory(tmp_path, capsys):
-    """What the compute device holds does not depend on the number of teachers; "task" in the prompt file makes a third task."""
+    """What the compute device holds does not depend on the number of teachers; "task" in the prompt file
+    makes a third task.
+    """
     records = [json.loads(line) for line in (ROOT / "tests/tiny/prompts.jsonl").read_text().splitlines()[:16]]
     held = []
     for count in (1, 3):
         tasks, folder = ("t2i", "faces", "letters")[:count], tmp_path / str(count)
         folder.mkdir()
-        (folder / "prompts.jsonl").write_text("\n".join(json.dumps(r | {"task": tasks[i % count]}) for i, r in enumerate(records)))
-        arguments = ["--prompts", "prompts.jsonl", "--teacher", *(f"{task}={BASE}" for task in tasks), "--steps", "1", *SMALL]
+        (folder / "prompts.jsonl").write_text("\n".join(json.dumps(r | {"task": tasks[i % count]})
+                                                        for i, r in enumerate(records)))
+        arguments = ["--prompts", "prompts.jsonl", "--teacher", *(f"{task}={BASE}" for task in tasks),
+                     "--steps", "1", *SMALL]
         (line,) = run_script(folder, *arguments, script="opd.py")
         assert set(line["velocity_error"]) == set(tasks) and min(line["seconds"].values()) >= 0
         printed = capsys.readouterr().out
-        device, host = (re.search(f"{what}, MiB: (.*),", printed)[1] for what in ("memory of each cpu", "host memory for all ranks"))
+        device, host = (re.search(f"{what}, MiB: (.*),", printed)[1]
+                        for what in ("memory of each cpu", "host memory for all ranks"))
         held.append((device, float(re.search("waiting for the slot ([0-9.]+)", host)[1])))
     (one, parked), (three, more) = held
     assert one == three and more == pytest.approx(3 * parked, abs=0.2) and parked > 5

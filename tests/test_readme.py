@@ -12,12 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for line in block.splitlines()]
 TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "6"]
 SMALL = {"grpo.py": TRAINING, "nft.py": TRAINING, "opd.py": TRAINING, "rollout.py": ["--group-size", "2"],
          "train_reward.py": ["--steps", "2", "--batch", "4"]}
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
-LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest")  # hours, minutes, this very run
+# hours, minutes, this very run
+LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest")
 
 
 def small(command):
@@ -31,17 +33,22 @@ def small(command):
         words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
     elif words[0] == "python":
         words[0] = sys.executable
-    strange = (("--model", 1), ("--size", 2), ("--prompts", 1), ("--eval-prompts", 1), ("$PROMPTS", 0)) if "Qwen/" in command else ()
+    strange = (("--model", 1), ("--size", 2), ("--prompts", 1), ("--eval-prompts", 1),
+               ("$PROMPTS", 0)) if "Qwen/" in command else ()
     for flag, values in strange:  # no hub here, and the tiny model's size and prompts
         at = words.index(flag) if flag in words else len(words)
         del words[at:at + 1 + values]
     script = next(word for word in words if word.endswith(".py"))
-    several = ".json " in command + " " or "alignment" in command  # several VLMs, some of which reason: without the final table
-    few = ["--eval-prompts", "few.jsonl"] * ("--eval-prompts" not in words and script in ("grpo.py", "nft.py", "opd.py"))
-    return words + SMALL.get(script, []) + few + ["--eval-images", "0"] * (several and script in ("grpo.py", "nft.py"))
+    # several VLMs, some of which reason: without the final table
+    several = ".json " in command + " " or "alignment" in command
+    few = ["--eval-prompts",
+           "few.jsonl"] * ("--eval-prompts" not in words and script in ("grpo.py", "nft.py", "opd.py"))
+    return words + SMALL.get(script, []) + few + ["--eval-images",
+                                                  "0"] * (several and script in ("grpo.py", "nft.py"))
 
 
-RUN = list({str(small(command)): command for command in COMMANDS if small(command)}.values())  # each once, in order
+# each once, in order
+RUN = list({str(small(command)): command for command in COMMANDS if small(command)}.values())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,8 @@ def test_line_counts_are_true():
 
 
 def test_only_the_seven_packages_are_imported():
-    packages = {"torch", "safetensors", "transformers", "PIL", "tqdm", "numpy", "huggingface_hub", "insightface", "model"}
+    packages = {"torch", "safetensors", "transformers", "PIL", "tqdm", "numpy", "huggingface_hub",
+                "insightface", "model"}
     allowed = packages | set(sys.stdlib_module_names)
     for path in ROOT.glob("*.py"):
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M))

@@ -1,4 +1,6 @@
-"""Rewards: remote endpoints and their faults, face identity, reward files, failed scores, Eq. 13, and how grpo.py waits."""
+"""Rewards: remote endpoints and their faults, face identity, reward files, failed scores, Eq. 13, and how
+grpo.py waits.
+"""
 
 import json
 import math
@@ -42,7 +44,8 @@ def answered(picture, mass=0.9, digit="3"):
     high = (score_of(picture) - 1) / 4
     tops = {"1": mass * (1 - high), " 5": mass * high, digit: 0.0, " the": 1 - mass}
     tops = {token: math.log(max(p, 1e-12)) for token, p in tops.items()}
-    return choice([("<", {"<": 0.0}), ("score", {"score": 0.0}), (">", {">": 0.0}), (digit, tops), ("</score>", {"</score>": 0.0})])
+    return choice([("<", {"<": 0.0}), ("score", {"score": 0.0}), (">", {">": 0.0}), (digit, tops),
+                   ("</score>", {"</score>": 0.0})])
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def patient(monkeypatch):
     monkeypatch.setattr(model.RemoteScorer, "RETRIES", 1)
     monkeypatch.setattr(model.RemoteScorer, "AWAY", 0.5)
     monkeypatch.setattr(model.RemoteScorer, "PAUSE", 0.1)
-    monkeypatch.setattr(model, "STOP", SimpleNamespace(wait=lambda seconds: time.sleep(min(seconds, 0.1)), is_set=lambda: False))
+    monkeypatch.setattr(model, "STOP",
+                        SimpleNamespace(wait=lambda seconds: time.sleep(min(seconds, 0.1)),
+                                        is_set=lambda: False))
 
 
 # Remote endpoints
@@ -59,7 +64,9 @@ def patient(monkeypatch):
 
 @pytest.mark.parametrize("name", ["aesthetic", "alignment"])
 def test_remote_scores_equal_local_ones(name):
-    """The same VLM, once here and once behind HTTP, which writes its whole answer; the alignment scorer thinks first."""
+    """The same VLM, once here and once behind HTTP, which writes its whole answer; the alignment scorer
+    thinks first.
+    """
     (local,) = loaded_rewards([name], make.OUT)
     assert bool(local.score.reasoning) == (name == "alignment")
     rng = np.random.default_rng(3)
@@ -67,10 +74,13 @@ def test_remote_scores_equal_local_ones(name):
     images = [world.degrade(world.draw(scene), rng)[0] for scene in scenes]
     requests = [model.Request(world.caption(scene)) for scene in scenes]
     with serve(Judge(make.OUT / "rewards" / name)) as server:
-        remote = model.Reward(name, 1.0, server.url, model.RemoteScorer("judge", server.url, local.score.rubric, local.score.reasoning))
+        remote = model.Reward(name, 1.0, server.url,
+                              model.RemoteScorer("judge", server.url, local.score.rubric,
+                                                 local.score.reasoning))
         expected, found = local(images, requests), remote(images, requests)
     assert [why for _, why in expected + found] == [""] * 12
-    torch.testing.assert_close(torch.tensor([s for s, _ in found]), torch.tensor([s for s, _ in expected]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor([s for s, _ in found]), torch.tensor([s for s, _ in expected]),
+                               rtol=0, atol=1e-4)
     assert np.std([score for score, _ in expected]) > 0.05 and remote.score.mass > 0.9
 
 
@@ -107,7 +117,8 @@ def spoil(kind, answer):
 @pytest.mark.parametrize("kind, tries, reason", [
     ("out of time", 1, "TimeoutError"), ("HTTP 500", 2, "HTTP 500"), ("HTTP 429", 2, "HTTP 429"),
     ("HTTP 400", 1, "HTTP 400"), ("dropped", 2, "RemoteDisconnected"), ("not JSON", 2, "JSONDecodeError"),
-    ("no choices", 1, "KeyError"), ("no log-probs", 1, "no log-probs of"), ("score 7", 1, "no log-probs of <score>1-5"),
+    ("no choices", 1, "KeyError"), ("no log-probs", 1, "no log-probs of"),
+    ("score 7", 1, "no log-probs of <score>1-5"),
     ("cut off", 1, "finish_reason length"), ("no mass", 1, "only 0.3 of the probability")])
 def test_a_faulty_answer_is_a_reason_and_leaves_the_others_alone(monkeypatch, patient, kind, tries, reason):
     monkeypatch.setattr(model.RemoteScorer, "TIMEOUT", 1 if kind == "out of time" else 10)
@@ -149,11 +160,15 @@ def test_what_is_over_at_the_second_try_or_only_slow_does_no_harm(monkeypatch, p
 
 def test_the_last_score_of_an_answer_counts():
     """Also where reasoning speaks of scores, and where tokens carry spaces."""
-    one, two = {"2": math.log(0.9), " 2": math.log(0.05), "3": math.log(0.04)}, {"4": math.log(0.5), "5": math.log(0.5)}
-    words = [("<score>", {"<score>": 0.0}), ("2", one), ("</", {"</": 0.0}), ("score>", {"score>": 0.0}), (" not", {" not": 0.0})]
+    one, two = {"2": math.log(0.9), " 2": math.log(0.05), "3": math.log(0.04)}, {"4": math.log(0.5),
+                                                                                 "5": math.log(0.5)}
+    words = [("<score>", {"<score>": 0.0}), ("2", one), ("</", {"</": 0.0}), ("score>", {"score>": 0.0}),
+             (" not", {" not": 0.0})]
     read = lambda tokens: model.score_probabilities(choice(tokens)["logprobs"]["content"])  # noqa: E731
     more = [("<score>\n", {"<score>\n": 0.0}), ("4", two), ("</score>", {"</score>": 0.0}), ("1", {"1": 0.0})]
-    assert read(words) == pytest.approx([0, 0.95, 0.04, 0, 0]) and read(words + more) == pytest.approx([0, 0, 0, 0.5, 0.5])
+    assert read(words) == pytest.approx([0, 0.95, 0.04, 0, 0]) and read(words
+                                                                        + more) == pytest.approx([0, 0, 0,
+                                                                                                  0.5, 0.5])
     assert read([]) is None and read([("4", two)]) is None
 
 
@@ -169,11 +184,14 @@ def test_a_server_that_is_not_there_or_of_another_kind_is_an_error_at_once(patie
 
 
 def ask(scorer, count=1):
-    return model.Reward("nice", 1.0, "", scorer)([grey(level) for level in range(count)], [model.Request("x")] * count)
+    return model.Reward("nice", 1.0, "", scorer)([grey(level) for level in range(count)],
+                                                 [model.Request("x")] * count)
 
 
 def test_a_server_that_answers_nothing_is_given_up(monkeypatch, patient, capsys):
-    """40 pictures to a server that hangs: two time-outs long, not forty; the next batch looks first, and finds it back."""
+    """40 pictures to a server that hangs: two time-outs long, not forty; the next batch looks first, and
+    finds it back.
+    """
     monkeypatch.setattr(model.RemoteScorer, "TIMEOUT", 0.5)
     done = threading.Event()
 
@@ -208,7 +226,8 @@ def test_a_server_that_restarts_is_waited_for(monkeypatch, patient, capsys):
 def test_no_proxy_stands_before_this_machine(monkeypatch, patient):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with serve(lambda number, text, pictures, body: answered(pictures[0])) as server:
-        assert ask(model.RemoteScorer("nice", server.url, "Nice?")) == [(pytest.approx(score_of(grey(0)), abs=1e-4), "")]
+        assert ask(model.RemoteScorer("nice", server.url,
+                                      "Nice?")) == [(pytest.approx(score_of(grey(0)), abs=1e-4), "")]
 
 
 def test_one_of_several_models_is_chosen_by_name(patient):
@@ -217,13 +236,17 @@ def test_one_of_several_models_is_chosen_by_name(patient):
         assert model.RemoteScorer("nice", server.url).model == "rewards/nice"
         assert model.RemoteScorer("x", server.url, model="judge").model == "judge"
         for name, wanted in (("beauty", None), ("nice", "other")):
-            with pytest.raises(model.UserError, match='serves rewards/nice, judge: say which is reward .* with "model" in a reward file'):
+            with pytest.raises(model.UserError,
+                               match='serves rewards/nice, judge: say which is reward .* with "model" in a '
+                                     'reward file'):
                 model.RemoteScorer(name, server.url, model=wanted)
 
 
 def test_a_served_directory_brings_its_card(tmp_path, patient):
-    """What train_reward.py wrote beside the VLM, where the server names a directory that is on this machine."""
-    (tmp_path / "reward.json").write_text(json.dumps({"rubrics": {"nice": "How nice is {prompt}?"}, "reasoning": 40}))
+    """What train_reward.py wrote beside the VLM, where the server names a directory that is on this machine.
+    """
+    (tmp_path / "reward.json").write_text(json.dumps({"rubrics": {"nice": "How nice is {prompt}?"},
+                                                      "reasoning": 40}))
     models = 200, json.dumps({"data": [{"id": str(tmp_path)}]}).encode()
     with serve(None, models) as server:
         (reward,) = model.load_rewards([f"x={server.url}"], make.OUT)
@@ -231,10 +254,12 @@ def test_a_served_directory_brings_its_card(tmp_path, patient):
 
 
 @pytest.mark.parametrize("path, code, remedy", [
-    ("/v1", 401, "OPENAI_API_KEY_NICE or OPENAI_API_KEY"), ("", 404, "the address of vLLM and SGLang ends in /v1"), ("/v1", 404, "HTTP 404")])
+    ("/v1", 401, "OPENAI_API_KEY_NICE or OPENAI_API_KEY"),
+    ("", 404, "the address of vLLM and SGLang ends in /v1"), ("/v1", 404, "HTTP 404")])
 def test_a_refusal_names_its_remedy(patient, path, code, remedy):
     with serve(None, (code, b'{"error": "no"}')) as server:
-        with pytest.raises(model.UserError, match=f"HTTP {code}.*{remedy}" if path != "/v1" or code != 404 else remedy):
+        with pytest.raises(model.UserError,
+                           match=f"HTTP {code}.*{remedy}" if path != "/v1" or code != 404 else remedy):
             model.RemoteScorer("nice", server.url.removesuffix("/v1") + path)
 
 
@@ -249,14 +274,19 @@ def test_a_reward_has_its_own_key(monkeypatch, patient):
 
 
 def run_grpo(folder, url, *arguments, run=run_script):
-    """Two steps of grpo.py on four images of two prompts with two remote rewards; its log, or an error with its output."""
-    return run(folder, "--reward", f"aesthetic={url}", f"alignment={url}", "--steps", "2", "--prompts-per-step", "2",
+    """Two steps of grpo.py on four images of two prompts with two remote rewards; its log, or an error with
+    its output.
+    """
+    return run(folder, "--reward", f"aesthetic={url}", f"alignment={url}", "--steps", "2",
+               "--prompts-per-step", "2",
                "--group-size", "4", "--updates-per-rollout", "1", "--rollout-batch", "4", "--kl-coef", "0",
                "--eval-images", "0", "--sample-every", "0", "--name", "run", *arguments)
 
 
 def test_a_run_goes_on_when_few_scores_fail_and_its_rewards_do_not_wait_for_each_other(tmp_path):
-    """A tenth of the requests is refused. No aesthetic request is answered before all alignment requests of its step came."""
+    """A tenth of the requests is refused. No aesthetic request is answered before all alignment requests of
+    its step came.
+    """
     came, scores, held_up = threading.Condition(), {"aesthetic": [], "alignment": []}, []
 
     def answer(number, text, pictures, body):
@@ -275,7 +305,8 @@ def test_a_run_goes_on_when_few_scores_fail_and_its_rewards_do_not_wait_for_each
     assert [line["failed"] for line in log] == [sum(line["reasons"].values()) for line in log] == [2, 1]
     assert all("HTTP 400" in why and why.split(":")[0] in scores for line in log for why in line["reasons"])
     for step, name in product((0, 1), scores):
-        assert log[step]["reward"][name] == pytest.approx(np.nanmean(scores[name][8 * step:8 * step + 8]), abs=1e-3)
+        assert log[step]["reward"][name] == pytest.approx(np.nanmean(scores[name][8 * step:8 * step + 8]),
+                                                          abs=1e-3)
     assert all(line["ratio_dev"] == [0.0] and line["grad_norm"][0] > 0 for line in log)
 
 
@@ -289,7 +320,8 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
 
     with serve(answer) as server:
         printed, failed = run_grpo(tmp_path, server.url, "--save-every", "0", run=start_script)
-        for words in (f"step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05", "8 x alignment: ConnectionError"):
+        for words in (f"step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05",
+                      "8 x alignment: ConnectionError"):
             assert failed and words in printed
         run = tmp_path / "runs" / "run"
         lines = (run / "log.jsonl").read_text().splitlines() if step else []
@@ -311,7 +343,8 @@ def test_scores_are_taken_in_the_order_of_the_rollout_whatever_the_order_they_co
     scores = StepScores(rewards, [model.Request("x")] * 2, 3)
     futures = [[Future(), Future()] for _ in range(3)]
     scores.pending = [(2, pair) for pair in futures]
-    rows = [[[(10 * batch + image + 0.5 * k, "") for image in range(2)] for k in range(2)] for batch in range(3)]
+    rows = [[[(10 * batch + image + 0.5 * k, "") for image in range(2)] for k in range(2)]
+            for batch in range(3)]
     everything = [pair for batch in rows for pair in zip(*batch)]
 
     def finish(*places):
@@ -321,19 +354,23 @@ def test_scores_are_taken_in_the_order_of_the_rollout_whatever_the_order_they_co
     finish((0, 1), (2, 0), (0, 0), (1, 1))
     threading.Timer(0.5, finish, [(1, 0)]).start()
     scores.group(0)
-    assert scores.arrived == everything[:4] and not futures[2][1].done() and scores.seconds > 0.4  # waits for no more than it needs
+    # waits for no more than it needs
+    assert scores.arrived == everything[:4] and not futures[2][1].done() and scores.seconds > 0.4
     finish((2, 1))
     scores.group(1)
     assert scores.arrived == everything and scores.pending == []
     expected = torch.tensor([[score for score, _ in pair] for pair in everything]).T.view(2, 2, 3)
-    assert torch.equal(scores.scores, expected) and torch.equal(scores.advantage, group_advantage(expected, scores.weights))
+    assert torch.equal(scores.scores, expected) and torch.equal(scores.advantage,
+                                                                group_advantage(expected, scores.weights))
 
 
 def test_once_stopped_missing_scores_are_left_out(monkeypatch):
     scores = StepScores([model.Reward("a", 1.0, "", None)], [model.Request("x")], 2)
     scores.pending = [(2, [Future()])]
     monkeypatch.setattr("grpo.STOP", SimpleNamespace(is_set=lambda: True))
-    assert scores.group(0).tolist() == [0, 0] and [why for ((_, why),) in scores.arrived] == ["not waited for"] * 2
+    assert scores.group(0).tolist() == [0, 0] and [why
+                                                   for ((_, why),
+                                                        ) in scores.arrived] == ["not waited for"] * 2
 
 
 def test_a_slow_reward_does_not_hold_up_another():
@@ -375,7 +412,8 @@ def test_a_slow_reward_does_not_hold_up_another():
     (lambda *_: 1 / 0, [(math.nan, f"mine: ZeroDivisionError('division by zero') at {__file__}:LINE")] * 3)])
 def test_every_outcome_of_a_reward_is_a_number_or_undefined_or_a_failure_with_its_reason(score, expected):
     found = model.Reward("mine", 1.0, "", score)([grey(0)] * 3, [model.Request("x")] * 3)
-    assert [re.sub(r":\d+$", ":LINE", why) for _, why in found] == [why for _, why in expected] and all(type(value) is float for value, _ in found)
+    assert [re.sub(r":\d+$", ":LINE", why) for _, why in found] == [why for _, why in expected]
+    assert all(type(value) is float for value, _ in found)
     np.testing.assert_array_equal([value for value, _ in found], [value for value, _ in expected])
 
 
@@ -383,10 +421,14 @@ def test_a_function_may_ask_for_records_and_import_its_neighbours(tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("FACTOR = 2\n")
     (tmp_path / "asks.py").write_text("from neighbour_of_mine import FACTOR\n"
                                       "def score(images, prompts, sources, records):\n"
-                                      "    return [FACTOR * record['answer'] for record in records]\nscore.range = 0, 10\n")
+                                      "    return [FACTOR * record['answer'] for record in "
+                                      "records]\nscore.range = 0, 10\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": 4}\n')
     (reward,) = model.load_rewards([f"mine={tmp_path / 'asks.py'}:score"], make.OUT)
-    assert reward([grey(0)] * 2, model.load_prompts(tmp_path / "p.jsonl")) == [(3.0, ""), (8.0, "")] and reward.range == (0, 10)
+    assert reward([grey(0)] * 2, model.load_prompts(tmp_path / "p.jsonl")) == [(3.0, ""),
+                                                                               (8.0,
+                                                                                "")] and reward.range == (0,
+                                                                                                          10)
 
 
 def test_the_first_error_of_a_function_keeps_its_traceback(capsys):
@@ -453,7 +495,8 @@ def some_scores(seed, K=4, P=12, G=8):
 def test_advantage_with_failed_and_undefined_scores_constant_groups_and_weights_per_prompt(seed):
     scores, weights = some_scores(seed)
     a = group_advantage(scores, weights)
-    torch.testing.assert_close(a, eq13(scores.double().numpy(), weights.double().numpy()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a, eq13(scores.double().numpy(), weights.double().numpy()), rtol=1e-5,
+                               atol=1e-5)
     assert a.isfinite().all() and (a[:3] == 0).all() and a[4:].abs().max() > 0.5
 
 
@@ -484,7 +527,8 @@ def test_an_undefined_reward_passes_its_weight_on_and_a_failed_one_does_not():
 
 
 def face(eyes, mood="smiling", x=32, y=32, r=24, background="white"):
-    return world.draw(world.Scene("face", (world.Item("face", "yellow", x, y, r),), background, mood=mood, eyes=eyes))
+    return world.draw(world.Scene("face", (world.Item("face", "yellow", x, y, r),), background, mood=mood,
+                                  eyes=eyes))
 
 
 def test_identity_is_the_best_cosine_per_source_face():
@@ -496,7 +540,8 @@ def test_identity_is_the_best_cosine_per_source_face():
     assert similarity([], [[a]]) == 0 and similarity([[-1.0, 0.0, 0.0]], [[a]]) == 0
     assert similarity([a], [[a]]) == pytest.approx(1) and similarity([c], [[a]]) == pytest.approx(0.5**0.5)
     assert similarity([[0.0, 0.0, 0.0]], [[a]]) == 0
-    assert similarity([a], [[a], [[-9.0, 0.0, 0.0]]]) == pytest.approx(0.5)  # one of two is gone: clamped before the mean
+    # one of two is gone: clamped before the mean
+    assert similarity([a], [[a], [[-9.0, 0.0, 0.0]]]) == pytest.approx(0.5)
     for old, new in product(permutations([a, b, c]), permutations([b, c])):
         assert similarity(new, [old[:1], old[1:]]) == pytest.approx((0.5**0.5 + 1 + 1) / 3)
 
@@ -508,7 +553,8 @@ def test_identity_tells_faces_of_the_tiny_world_apart():
     rng = random.Random(0)
     for eyes, other in product(world.EYE_COLORS, repeat=2):
         for mood, background in product(world.MOODS, world.BACKGROUNDS):
-            moved = face(other, mood, rng.uniform(28, 36), rng.uniform(28, 36), rng.uniform(21, 27), background).convert("RGBA")
+            moved = face(other, mood, rng.uniform(28, 36), rng.uniform(28, 36), rng.uniform(21, 27),
+                         background).convert("RGBA")
             (score,) = identity([moved], [""], [[face(eyes)]])
             assert score > 0.9 if eyes == other else score < 0.5
 
@@ -535,7 +581,8 @@ def test_a_reward_file_gives_weights_per_category_ranges_and_sources_beside_it(t
     with serve(lambda number, text, pictures, body: answered(pictures[0])) as server:
         one, far, faces = load(tmp_path / "rewards.json", {
             "rewards": {"one": {"weight": 0.5, "source": "mine.py:one", "range": [0, 1]},
-                        "far": {"weight": 0.5, "source": server.url, "rubric": "Grey {prompt}?", "reasoning": 9},
+                        "far": {"weight": 0.5, "source": server.url, "rubric": "Grey {prompt}?",
+                                "reasoning": 9},
                         "identity": {"weight": 0, "source": f"{WORLD}:embed_faces"}},
             "categories": {"portrait": {"one": 0.1, "far": 0.2, "identity": 0.7}, "typography": {"far": 1}}})
         assert far([grey(51)], [model.Request("x")]) == [(pytest.approx(1.8), "")]
@@ -553,11 +600,14 @@ ONE = {"a": SOURCE | {"weight": 1}}
 
 
 @pytest.mark.parametrize("table, message", [
-    ({"rewards": {"a": SOURCE | {"weight": 0.5}, "b": SOURCE | {"weight": 0.4}}}, "rewards.json: rewards: the weights sum to 0.9, not to 1"),
-    ({"rewards": {"a": SOURCE | {"weight": 1.5}, "b": SOURCE | {"weight": -0.5}}}, "rewards: the weight of a is 1.5, want a number from 0"),
+    ({"rewards": {"a": SOURCE | {"weight": 0.5}, "b": SOURCE | {"weight": 0.4}}},
+     "rewards.json: rewards: the weights sum to 0.9, not to 1"),
+    ({"rewards": {"a": SOURCE | {"weight": 1.5}, "b": SOURCE | {"weight": -0.5}}},
+     "rewards: the weight of a is 1.5, want a number from 0"),
     ({"rewards": {"a": SOURCE | {"weight": True}}}, "rewards: the weight of a is True, want a number"),
     ({"rewards": {"a": SOURCE | {"weight": math.nan}}}, "rewards: the weight of a is nan, want a number"),
-    ({"rewards": ONE, "categories": {"portrait": {"a": 0.5}}}, "rewards.json: portrait: the weights sum to 0.5"),
+    ({"rewards": ONE, "categories": {"portrait": {"a": 0.5}}},
+     "rewards.json: portrait: the weights sum to 0.5"),
     ({"rewards": ONE, "categories": {"portrait": {"b": 1}}}, "rewards.json: portrait: there is no reward b"),
     ({"rewards": {"a": ONE["a"] | {"rang": [0, 1]}}}, "rewards.json: reward a: unknown key rang"),
     ({"rewards": {"beauty": {"weight": 1}}}, "beauty: no such rubric"),
@@ -567,7 +617,8 @@ ONE = {"a": SOURCE | {"weight": 1}}
     ({"rewards": {"a": ONE["a"] | {"range": 5}}}, "rewards.json: the range of a is 5, want two numbers"),
     ({"rewards": {"a": ONE["a"] | {"range": [5, 1]}}}, r"rewards.json: the range of a is \[5, 1\]"),
     ({"rewards": {"a": ONE["a"] | {"range": [1, 2, 5]}}}, "rewards.json: the range of a is"),
-    ({"rewards": {"a": ONE["a"] | {"reasoning": "yes"}}}, 'reward a: "reasoning" is \'yes\', want a number of tokens'),
+    ({"rewards": {"a": ONE["a"] | {"reasoning": "yes"}}},
+     'reward a: "reasoning" is \'yes\', want a number of tokens'),
     ({"rewards": {"a": {"weight": 1, "source": 5}}}, 'reward a: "source" is 5, want a string'),
     ({"rewards": {"a": {"weight": 1, "source": "mine.py"}}}, "want file.py:function"),
     ({}, "rewards.json: want "), ("{", "rewards.json: not JSON"), ("[]", "not a JSON object"),
@@ -578,15 +629,19 @@ def test_a_wrong_reward_file_is_a_clear_error(tmp_path, table, message):
         load(tmp_path / "rewards.json", table)
 
 
-@pytest.mark.parametrize("specs", [["a={0}", "a={0}"], ["a={0}", "rewards.json"], ["rewards.json", "rewards_edit.json"],
+@pytest.mark.parametrize("specs",
+                         [["a={0}", "a={0}"], ["a={0}", "rewards.json"],
+                          ["rewards.json", "rewards_edit.json"],
                                    ["rewards.json", "a={0}"]])
 def test_names_differ_and_a_reward_file_stands_alone(specs):
-    specs = [str(ROOT / "tests/tiny" / spec) if spec.endswith(".json") else spec.format(SOURCE["source"]) for spec in specs]
+    specs = [str(ROOT / "tests/tiny" / spec) if spec.endswith(".json") else spec.format(SOURCE["source"])
+             for spec in specs]
     with pytest.raises(model.UserError, match="want different names, or one JSON file alone"):
         loaded_rewards(specs, make.OUT)
 
 
-@pytest.mark.skipif(not all((make.OUT / "rewards" / name).is_dir() for name in ("portrait", "instruction", "consistency")),
+@pytest.mark.skipif(not all((make.OUT / "rewards" / name).is_dir()
+                            for name in ("portrait", "instruction", "consistency")),
                     reason="these scorers are not made yet")
 @pytest.mark.parametrize("file", ["rewards.json", "rewards_edit.json"])
 def test_the_tiny_worlds_reward_files_load(file):

@@ -1,5 +1,5 @@
-"""What both policy optimizers promise: resume, kill -9, Ctrl-C, two runs of one name, other rank counts, full disks, updates that are not finite, the
-three CFG strategies, timestep selection, mixed tasks."""
+"""What both policy optimizers promise: resume, kill -9, Ctrl-C, two runs of one name, other rank counts, full
+disks, updates that are not finite, the three CFG strategies, timestep selection, mixed tasks."""
 
 import json
 import random
@@ -14,7 +14,8 @@ import pytest
 
 from model import UserError
 from runs import (
-    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log, run_script, start_script)
+    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log, run_script,
+    start_script)
 
 BOTH = pytest.mark.parametrize("script", ["grpo.py", "nft.py"])
 EVERY_STEP = ["--save-every", "1"]
@@ -41,12 +42,16 @@ def test_resume_gives_the_same_bits(undisturbed, tmp_path, script, flags):
     log = run_script(tmp_path, "--reward", ORACLE, "--steps", "4", *SMALL, "--resume", script=script)
     whole = undisturbed(script)
     assert_same_bits(checkpoint(whole), checkpoint(tmp_path))
-    assert [line["step"] for line in log] == [0, 1, 2, 3] and log[-1]["reward"] == read_log(whole)[-1]["reward"]
+    assert [line["step"] for line in log] == [0, 1, 2,
+                                              3] and log[-1]["reward"] == read_log(whole)[-1]["reward"]
 
 
 def test_checkpoints_resume_on_another_number_of_ranks(tmp_path):
-    """One rank, then two, then one again, against one all the way. A group is a rollout batch, so that all sample the same states."""
-    arguments, alone, mixed = ["--reward", ORACLE, *SMALL, "--rollout-batch", "4"], tmp_path / "alone", tmp_path / "mixed"
+    """One rank, then two, then one again, against one all the way. A group is a rollout batch, so that all
+    sample the same states.
+    """
+    arguments, alone, mixed = ["--reward", ORACLE, *SMALL, "--rollout-batch",
+                               "4"], tmp_path / "alone", tmp_path / "mixed"
     alone.mkdir(), mixed.mkdir()
     for step, processes in enumerate((1, 2, 1), 1):
         resume = ["--resume"] if step > 1 else []
@@ -65,10 +70,12 @@ def test_checkpoints_resume_on_another_number_of_ranks(tmp_path):
 
 def killed_and_resumed(folder, script, kills, seed, steps):
     """Run to the end, with kill -9 at `kills` random moments; returns how many hit."""
-    arguments, rng, hits = ["--reward", ORACLE, "--steps", str(steps), *SMALL, *EVERY_STEP], random.Random(seed), 0
+    arguments, rng, hits = ["--reward", ORACLE, "--steps", str(steps), *SMALL,
+                            *EVERY_STEP], random.Random(seed), 0
     while True:
         resume = ["--resume"] if (folder / "runs" / "run" / "args.json").exists() else []
-        process = subprocess.Popen(command(script, *arguments, *resume), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(command(script, *arguments, *resume), cwd=folder, env=ENVIRONMENT,
+                                   stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE, text=True)
         if hits < kills:
             try:  # after the imports, so that most kills hit the run itself
@@ -149,15 +156,19 @@ if __name__ == "__main__":
 def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undisturbed, tmp_path, phase):
     (tmp_path / "script.py").write_text(INTERRUPTED.format(root=str(ROOT), oracle=ORACLE.partition("=")[2]))
     arguments = ["--reward", "aesthetic=script.py:hanging", "--steps", "4", *SMALL, "--eval-images", "75"]
-    process = subprocess.Popen([sys.executable, "script.py", *arguments], cwd=tmp_path, env=ENVIRONMENT | {"PHASE": phase}, text=True,
+    process = subprocess.Popen([sys.executable, "script.py", *arguments], cwd=tmp_path,
+                               env=ENVIRONMENT | {"PHASE": phase}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printed, _ = process.communicate(timeout=200)
     seconds = time.time() - (tmp_path / "interrupted").stat().st_mtime
     again = re.search("(?:continue|make it): python (script.py --resume --name run)", printed)
     assert again and "Traceback" not in printed and seconds < 10, (seconds, printed)
     steps = len(read_log(tmp_path))
-    assert process.returncode == (130 if phase == "table" else 0) and steps == {"rollout": 2, "scoring": 1, "update": 2, "table": 4}[phase]
-    done = subprocess.run([sys.executable, *again[1].split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == (130 if phase == "table" else 0) and steps == {"rollout": 2, "scoring": 1,
+                                                                                "update": 2,
+                                                                                "table": 4}[phase]
+    done = subprocess.run([sys.executable, *again[1].split()], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "75 held-out prompts x 1 images" in done.stdout, done.stderr
     assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
 
@@ -165,19 +176,23 @@ def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undis
 def test_two_runs_of_one_name_at_once(tmp_path):
     """One runs, the other refuses; nothing is mixed."""
     arguments = ["--reward", ORACLE, "--steps", "1", *SMALL]
-    both = [subprocess.Popen(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+    both = [subprocess.Popen(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, text=True,
+                             stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT) for _ in range(2)]
     printed = [process.communicate(timeout=200)[0] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
     (refused,) = (text for text, process in zip(printed, both) if process.returncode)
-    assert "runs/run is being written by another process; choose another --name" in refused and len(read_log(tmp_path)) == 1
+    assert "runs/run is being written by another process; choose another --name" in refused
+    assert len(read_log(tmp_path)) == 1
 
 
 def test_changed_prompts_are_not_resumed_and_a_log_without_a_checkpoint_is_kept(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n" * 4)
-    run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, "--save-every", "0", "--prompts", "p.txt")
+    run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, "--save-every", "0", "--prompts",
+               "p.txt")
     printed = printed_by(tmp_path, "grpo.py", "--resume", "--name", "run")
-    assert "there is no checkpoint, so it starts again from step 0; the log so far is log.old.jsonl" in printed
+    said = "there is no checkpoint, so it starts again from step 0; the log so far is log.old.jsonl"
+    assert said in printed
     assert len(read_log(tmp_path)) == len((tmp_path / "runs/run/log.old.jsonl").read_text().splitlines()) == 1
     (tmp_path / "p.txt").write_text("a blue circle\n" * 4)
     with pytest.raises(UserError, match="p.txt is not what it was when .*run was started"):
@@ -189,20 +204,25 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, tmp_pa
     run_script(tmp_path, "--reward", ORACLE, "--steps", "3", *SMALL)
     arguments = ["--reward", ORACLE, "--steps", "4", *SMALL, "--resume"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))  # noqa: E731
-    done = subprocess.run(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, preexec_fn=limit, capture_output=True,
+    done = subprocess.run(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, preexec_fn=limit,
+                          capture_output=True,
                           text=True)
-    assert done.returncode != 0 and "step-000004.part could not be written; what was saved before is as it was" in done.stderr
+    assert done.returncode != 0
+    assert "step-000004.part could not be written; what was saved before is as it was" in done.stderr
     assert (tmp_path / "runs/run/checkpoint/step-000003").is_dir()
     run_script(tmp_path, *arguments)
     assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
 
 
 def test_few_prompts_and_one_held_out(tmp_path, capsys):
-    """Fewer prompts than a step usually takes; a table of one prompt has no interval and valid JSON; a constant reward is said."""
+    """Fewer prompts than a step usually takes; a table of one prompt has no interval and valid JSON; a
+    constant reward is said.
+    """
     (tmp_path / "three.txt").write_text("a red circle\na blue square\na green star\n")
     (tmp_path / "one.txt").write_text("a red circle\n")
     (tmp_path / "same.py").write_text("def same(images, prompts, sources):\n    return [3] * len(images)\n")
-    printed = printed_by(tmp_path, "grpo.py", "--reward", "r=same.py:same", "--prompts", "three.txt", "--eval-prompts", "one.txt", "--steps", "1",
+    printed = printed_by(tmp_path, "grpo.py", "--reward", "r=same.py:same", "--prompts", "three.txt",
+                         "--eval-prompts", "one.txt", "--steps", "1",
                          "--group-size", "2", "--eval-images", "2", "--name", "run")
     assert "2 prompts x 2 images" in printed and "+0.000   too few prompts, n = 1" in printed
     assert "step 0: in every group the scores are all equal or missing" in capsys.readouterr().err + printed
@@ -232,10 +252,12 @@ def test_an_update_that_is_not_finite_is_not_applied(tmp_path):
 
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):
-    printed, failed = start_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4", code=SPOIL.format(when="> 4"))
+    printed, failed = start_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4",
+                                   code=SPOIL.format(when="> 4"))
     assert failed and "step 2: 3 updates in a row had a loss or gradient that is not finite" in printed
     assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
-    run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "3", "--lr", "1e-6", "--resume")  # as the message says
+    # as the message says
+    run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "3", "--lr", "1e-6", "--resume")
     assert {group["lr"] for group in checkpoint(tmp_path)["optimizer"]["param_groups"]} == {1e-6}
 
 
@@ -248,22 +270,27 @@ ALL = "1.000, 0.903, 0.795, 0.675, 0.540, 0.389, 0.217, 0.020"
     ("nft.py", ["--guided-objective"], "1,6", "0.903, 0.217, guided objective"),
     ("nft.py", ["--cfg", "1", "--guided-objective"], "all", f"{ALL}, unguided objective")])
 def test_cfg_strategies_and_trained_timesteps(tmp_path, capsys, script, cfg, steps, shown):
-    """The old velocities are those of the objective, whichever it is: nothing has moved before the first update."""
+    """The old velocities are those of the objective, whichever it is: nothing has moved before the first
+    update.
+    """
     arguments = ["--reward", ORACLE, "--steps", "1", *SMALL, *cfg, "--train-timesteps", steps]
     (line,) = run_script(tmp_path, *arguments, script=script)
     printed, guidance = capsys.readouterr().out, 1 if "--cfg" in cfg else 2
     lr = {"grpo.py": "0.00013", "nft.py": "0.00016"}[script]
     source = "--cfg" if "--cfg" in cfg else f"of {ROOT / 'tests' / 'tiny' / 'model'}"
     assert f"sampler: 8 steps, guidance {guidance} ({source}); trained at t = {shown}; lr {lr}" in printed
-    assert "memory of each cpu, MiB: loading " in printed and "parameters stay gathered during an update" in printed
+    assert "memory of each cpu, MiB: loading " in printed
+    assert "parameters stay gathered during an update" in printed
     if script == "grpo.py":
         assert line["ratio_dev"][0] == 0.0 < line["ratio_dev"][1] and line["skipped_updates"] == 0
         assert len(line["ratio_std"]) == len(line["step_share"]) == len(shown.split(",")) - 1
-        assert min(line["ratio_std"]) > 0 and sum(line["step_share"]) == pytest.approx(1) and min(line["step_share"]) > 0
+        assert min(line["ratio_std"]) > 0 and sum(line["step_share"]) == pytest.approx(1)
+        assert min(line["step_share"]) > 0
     else:
         assert line["velocity_shift"][0] == 0.0 < line["velocity_shift"][1] and line["skipped_updates"] == 0
     index = json.loads((tmp_path / "runs/run/model/model_index.json").read_text())
-    assert index["_sampling"]["guidance_scale"] == guidance and index["_sampling"]["trained_on"] == ["aesthetic"]
+    assert index["_sampling"]["guidance_scale"] == guidance
+    assert index["_sampling"]["trained_on"] == ["aesthetic"]
 
 
 def test_mixed_tasks_are_a_prompt_file(tmp_path):
@@ -272,13 +299,17 @@ def test_mixed_tasks_are_a_prompt_file(tmp_path):
     for line in (ROOT / "tests/tiny/mixed.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "source" not in record and len(lines) < 4 or "source" in record and len(lines) < 8:
-            lines.append(record | ({"source": str(ROOT / "tests/tiny" / record["source"])} if "source" in record else {}))
+            lines.append(record
+                         | ({"source": str(ROOT / "tests/tiny" / record["source"])} if "source" in record
+                            else {}))
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table = json.loads((ROOT / "tests/tiny/rewards_mixed.json").read_text())
     for name, entry in table["rewards"].items():  # the oracle instead of the VLMs
         entry["source"] = f"{world}:{'embed_faces' if name == 'identity' else name + '_reward'}"
     (tmp_path / "rewards.json").write_text(json.dumps(table))
-    arguments = ["--reward", "rewards.json", "--prompts", "mixed.jsonl", "--steps", "1", *SMALL, "--prompts-per-step", "8"]
+    arguments = ["--reward", "rewards.json", "--prompts", "mixed.jsonl", "--steps", "1", *SMALL,
+                 "--prompts-per-step", "8"]
     (line,) = run_script(tmp_path, *arguments, script="nft.py")
-    assert line["failed"] == 0 and {"alignment", "aesthetic", "instruction", "consistency"} <= set(line["reward"])
+    assert line["failed"] == 0 and {"alignment", "aesthetic", "instruction",
+                                    "consistency"} <= set(line["reward"])
     assert line["undefined"] <= 16 and line["constant_groups"] < 0.5  # identity: edits without a face

@@ -1,5 +1,5 @@
-"""The network over ranks: every way to treat it during an update gives the same gradients, in host memory as on the device; several
-machines."""
+"""The network over ranks: every way to treat it during an update gives the same gradients, in host memory as
+on the device; several machines."""
 
 import contextlib
 import os
@@ -18,17 +18,20 @@ import gc, sys, torch, torch.distributed as dist, model
 def gradients(dtype, mode, offload, device, rank):
     model.compute_dtype = lambda device: dtype
     root = model.Path(sys.argv[1])
-    policy = model.materialise(model.shard(model.new_transformer(root, torch.float32), device, offload), root, device)
+    policy = model.shard(model.new_transformer(root, torch.float32), device, offload)
+    policy = model.materialise(policy, root, device)
     width, found = policy.config["context_in_dim"], []
     for update in range(2):
         model.keep_gathered(policy, mode.gathered, mode.once)
-        for group in range(update + 1):  # the first update reaches the text layers in its last backward pass alone
+        # the first update reaches the text layers in its last backward pass alone
+        for group in range(update + 1):
             generator = torch.Generator().manual_seed(10 * rank + group)
             prompt = model.Prompt(torch.randn(5, width, generator=generator), [False] * 5, [])
             prefixes = [policy.prefix([prompt], (4, 4))]
             leaves = [model.detach_prefix(prefix) for prefix in prefixes]
             for _ in range(3):
-                v = policy.velocity(torch.randn(2, 16, 16, generator=generator), torch.tensor([0.9, 0.5]), *leaves)
+                x = torch.randn(2, 16, 16, generator=generator)
+                v = policy.velocity(x, torch.tensor([0.9, 0.5]), *leaves)
                 v.pow(2).mean().backward()
             model.backward_prefixes(prefixes, leaves)
             del prefixes, leaves, v
@@ -43,9 +46,12 @@ def main():
     rank, world, device = model.setup()
     for dtype in (torch.float32, torch.bfloat16):
         first = gradients(dtype, model.MODES[-1], False, device, rank)
-        for mode, offload in ((model.Mode(), False), (model.Mode(once=False), False), (model.Mode(), True), (model.MODES[-1], True)):
+        gathered, each = model.Mode(), model.Mode(once=False)
+        modes = ((gathered, False), (each, False), (gathered, True), (model.MODES[-1], True))
+        for mode, offload in modes:
             other = gradients(dtype, mode, offload, device, rank)
-            worst = max(((b[name] - a[name]).norm() / a[name].norm()).item() for a, b in zip(first, other) for name in a)
+            worst = max(((b[name] - a[name]).norm() / a[name].norm()).item()
+                        for a, b in zip(first, other) for name in a)
             if rank == 0:
                 print("WORST", dtype, mode.gathered, mode.once, offload, worst)
 
@@ -59,7 +65,8 @@ dist.destroy_process_group()
 def test_gathered_reduced_once_or_offloaded_gradients_are_the_same(tmp_path, processes):
     """Relative error 1e-5 per parameter, whether computed in fp32 or in bf16."""
     (tmp_path / "gradients.py").write_text(GRADIENTS)
-    printed, failed = start_script(tmp_path, ROOT / "tests/tiny/model", script=tmp_path / "gradients.py", processes=processes)
+    printed, failed = start_script(tmp_path, ROOT / "tests/tiny/model", script=tmp_path / "gradients.py",
+                                   processes=processes)
     worst = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("WORST")]
     assert not failed and len(worst) == 8 and max(worst) < 1e-5, printed[-3000:]
 
@@ -75,19 +82,24 @@ def test_two_offloaded_ranks_resume_on_one_that_is_not(tmp_path):
     again = run_script(tmp_path / "offloaded", *arguments, "--steps", "2", "--resume")
     assert again[1]["grad_norm"][0] == pytest.approx(lines[1]["grad_norm"][0], rel=1e-4)
     one, other = (checkpoint(tmp_path / folder)["model"] for folder in ("whole", "offloaded"))
-    assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())  # Adam's steps are 1.3e-4
+    # Adam's steps are 1.3e-4
+    assert all((other[name] - value).abs().max() <= 1e-5 for name, value in one.items())
 
 
 def on_two_machines(folders, script, *arguments):
-    """A script as one rank on each of two "machines", each with its own launcher and working directory: what they print, return codes."""
+    """A script as one rank on each of two "machines", each with its own launcher and working directory: what
+    they print, return codes.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
     for node, folder in enumerate(folders):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+                    "--nproc_per_node=1",
                     "--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / script), *arguments]
-        started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        started.append(subprocess.Popen(launcher, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT,
                                         text=True, start_new_session=True))
     try:
         return [(process.communicate(timeout=200)[0], process.returncode) for process in started]
@@ -102,7 +114,8 @@ def test_two_machines_without_a_shared_disk_are_refused(tmp_path):
     for folder in folders:
         folder.mkdir()
     ends = on_two_machines(folders, "rollout.py", "a red circle", "--name", "run")
-    assert all(code for _, code in ends) and any("is not the directory of that name that rank 0 has" in text for text, _ in ends)
+    assert all(code for _, code in ends) and any("is not the directory of that name that rank 0 has" in text
+                                                 for text, _ in ends)
 
 
 @pytest.mark.slow

@@ -48,10 +48,12 @@ def test_edits_keep_what_they_do_not_touch():
     for _ in range(40):
         source, instruction, target = world.sample_edit(rng)
         before, after = world.draw(source), world.draw(target)
-        assert world.alignment(after, world.caption(target))[0] and not world.alignment(before, world.caption(target))[0]
+        assert world.alignment(after, world.caption(target))[0]
+        assert not world.alignment(before, world.caption(target))[0]
         assert world.consistency(before, after, source, target) == pytest.approx(1)
 
 
 def test_held_out_prompts_are_not_trained_on():
-    read = lambda name: [json.loads(line)["prompt"] for line in (TINY / name).read_text().splitlines()]  # noqa: E731
+    # noqa: E731
+    read = lambda name: [json.loads(line)["prompt"] for line in (TINY / name).read_text().splitlines()]
     assert not set(read("heldout.jsonl")) & set(read("prompts.jsonl"))

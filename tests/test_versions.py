@@ -1,6 +1,8 @@
-"""The oldest versions that the README names, in an environment of their own: python -m pytest -m slow tests/test_versions.py
+"""The oldest versions that the README names, in an environment of their own: python -m pytest -m slow
+tests/test_versions.py
 
-Downloads several GB (PyPI has torch 2.11.0 with CUDA only), unless $OLDEST_PYTHON is an interpreter that has them.
+Downloads several GB (PyPI has torch 2.11.0 with CUDA only), unless $OLDEST_PYTHON is an interpreter that has
+them.
 """
 
 import os
@@ -27,10 +29,12 @@ def test_the_oldest_versions_pass(tmp_path):
         python = str(tmp_path / "bin" / "python")
         pinned = [line.split("==") for line in (ROOT / "requirements.txt").read_text().split()]
         subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *(f"{name}=={OLDEST.get(name, version)}" for name, version in pinned)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q",
+                        *(f"{name}=={OLDEST.get(name, version)}" for name, version in pinned)], check=True)
     code = "import torch, transformers; print(torch.__version__.split('+')[0], transformers.__version__)"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert found == list(OLDEST.values())
-    done = subprocess.run([python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in FILES)], cwd=ROOT, env=ENVIRONMENT,
+    done = subprocess.run([python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in FILES)],
+                          cwd=ROOT, env=ENVIRONMENT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -4,7 +4,8 @@
 
     python grpo.py --reward counting=tests/rewards/counting.py:score --prompts counts.jsonl ...
 
-1 where the detector finds as many, 1/2 where it is off by one, and so on. A reading (OCR) or a yes-or-no reward has the same form.
+1 where the detector finds as many, 1/2 where it is off by one, and so on. A reading (OCR) or a yes-or-no
+reward has the same form.
 """
 
 import os
@@ -14,7 +15,8 @@ from transformers import OwlViTForObjectDetection, OwlViTProcessor
 
 DETECTOR = os.environ.get("DETECTOR", "google/owlvit-base-patch32")
 THRESHOLD = 0.2
-processor, detector = OwlViTProcessor.from_pretrained(DETECTOR), OwlViTForObjectDetection.from_pretrained(DETECTOR).eval()
+processor = OwlViTProcessor.from_pretrained(DETECTOR)
+detector = OwlViTForObjectDetection.from_pretrained(DETECTOR).eval()
 
 
 @torch.no_grad()

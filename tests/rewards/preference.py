@@ -16,7 +16,8 @@ processor, clip = AutoProcessor.from_pretrained(SCORER), CLIPModel.from_pretrain
 
 @torch.no_grad()
 def score(images, prompts, sources):
-    inputs = processor(text=prompts, images=[image.convert("RGB") for image in images], padding=True, truncation=True, return_tensors="pt")
+    inputs = processor(text=prompts, images=[image.convert("RGB") for image in images], padding=True,
+                       truncation=True, return_tensors="pt")
     answer = clip(**inputs)
     return (100 * torch.cosine_similarity(answer.image_embeds, answer.text_embeds)).tolist()
 

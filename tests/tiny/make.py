@@ -1,10 +1,12 @@
-"""Make the tiny world's checkpoint from nothing: text encoder, VAE, flow transformer, prompts and reward models.
+"""Make the tiny world's checkpoint from nothing: text encoder, VAE, flow transformer, prompts and reward
+models.
 
     python tests/tiny/make.py                  # everything, in order, into tests/tiny/model
     python tests/tiny/make.py --only flow      # one stage; the earlier ones must be there
 
-The result has exactly the layout of Qwen/Qwen-Image-2.1, so the scripts cannot tell it from the real one. The base is
-made mediocre on purpose: a third of its training pictures are blurred, tinted or washed out and some captions are wrong.
+The result has exactly the layout of Qwen/Qwen-Image-2.1, so the scripts cannot tell it from the real one. The
+base is made mediocre on purpose: a third of its training pictures are blurred, tinted or washed out and some
+captions are wrong.
 """
 
 import argparse
@@ -33,19 +35,23 @@ SEED = 0
 DEGRADED, MISCAPTIONED, DROPPED = 0.35, 0.12, 0.1  # shares of the flow model's training data
 LATENTS = 16
 TRANSFORMER = {
-    "_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": LATENTS, "out_channels": LATENTS,
+    "_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": LATENTS,
+    "out_channels": LATENTS,
     "num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 4, "context_in_dim": 96, "mlp_ratio": 3,
     "axes_dims_rope": [8, 12, 12], "eps": 1e-6, "causal_condition": True}
 VAE = {
     "_class_name": "AutoencoderKLQwenImage21", "base_dim": 8, "decoder_base_dim": 8, "z_dim": LATENTS,
-    "dim_mult": [1, 2, 4, 8, 8], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True, True],
+    "dim_mult": [1, 2, 4, 8, 8], "num_res_blocks": 2, "attn_scales": [],
+    "temperal_downsample": [False, True, True, True],
     "dropout": 0.0, "is_residual": True, "in_channels": 4, "out_channels": 4, "patch_size": None,
     "scale_factor_temporal": 8, "scale_factor_spatial": 16}
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
     "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
-    "max_image_seq_len": 8192, "shift_terminal": 0.02, "time_shift_type": "exponential", "invert_sigmas": False,
-    "stochastic_sampling": False, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    "max_image_seq_len": 8192, "shift_terminal": 0.02, "time_shift_type": "exponential",
+    "invert_sigmas": False,
+    "stochastic_sampling": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False}
 INDEX = {
     "_class_name": "QwenImage21Pipeline", "_diffusers_version": "0.42.1",
     "processor": ["transformers", "Qwen3VLProcessor"],
@@ -55,15 +61,19 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKLQwenImage21"],
     "sample_sigmas": [1 - i / 8 for i in range(8)],  # 8 steps are as good as 24 here
     "_sampling": {"size": [64, 64], "guidance_scale": 2.0}}
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+            "<|image_pad|>",
             "<|video_pad|>"]
 CHAT = (  # Qwen-VL's form: every message is a string or a list of image and text parts
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORD = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def write_json(path, value):
@@ -73,7 +83,8 @@ def write_json(path, value):
 
 def save_bf16(module, path, extra=()):
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
+    state = {key: value.detach().to(torch.bfloat16).contiguous()
+             for key, value in module.state_dict().items()}
     save_file(state | dict(extra), path, metadata={"format": "pt"})
 
 
@@ -81,7 +92,8 @@ def save_bf16(module, path, extra=()):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration; convolutions count as matrices."""
+    """Momentum whose update is orthogonalised by a Newton-Schulz iteration; convolutions count as matrices.
+    """
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -106,7 +118,8 @@ class Muon(torch.optim.Optimizer):
 def optimizers(module, muon_lr, adam_lr, inner=lambda name, p: p.ndim >= 2):
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     return [Muon([p for n, p in named if inner(n, p)], muon_lr),
-            torch.optim.AdamW([p for n, p in named if not inner(n, p)], adam_lr, betas=(0.9, 0.98), weight_decay=0)]
+            torch.optim.AdamW([p for n, p in named if not inner(n, p)], adam_lr, betas=(0.9, 0.98),
+                              weight_decay=0)]
 
 
 def update(opts, loss, progress, decay_from=0.0):
@@ -132,15 +145,18 @@ def make_tokenizer():
 
     rng = np.random.default_rng(SEED)
     texts = world.all_captions() + [world.sample_edit(rng)[1] for _ in range(2000)]
-    texts += [model.prompt_text("", 3), "Describe the image."] * 50 + [r + model.ANSWERS[0] for r in model.RUBRICS.values()] * 50
+    texts += [model.prompt_text("", 3), "Describe the image."] * 50 + [r + model.ANSWERS[0]
+                                                                       for r in model.RUBRICS.values()] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(WORD), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>",
                                    padding_side="left", chat_template=CHAT, model_max_length=4096)
 
 
@@ -151,14 +167,18 @@ def save_processor(directory, smallest):
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save_pretrained(directory)
     size = {"shortest_edge": smallest, "longest_edge": 16777216}
-    Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+                             image_std=[0.5] * 3,
                              size=size).save_pretrained(directory)
     preprocessor = json.loads((directory / "preprocessor_config.json").read_text())
     write_json(directory / "preprocessor_config.json",
-               preprocessor | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"})
+               preprocessor
+               | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"})
     write_json(directory / "video_preprocessor_config.json", {
-        "video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor", "patch_size": 16,
-        "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size})
+        "video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor",
+        "patch_size": 16,
+        "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "size": size})
 
 
 def new_vlm(tokenizer):
@@ -167,24 +187,29 @@ def new_vlm(tokenizer):
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 4, 4], mrope_interleaved=True)
     config = Qwen3VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=24, max_position_embeddings=4096,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256,
+                         num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+                         max_position_embeddings=4096,
                          pad_token_id=ids["<|endoftext|>"], rope_parameters=rope),
         vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=16,
-                           spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64,
+                           spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96,
+                           num_position_embeddings=64,
                            deepstack_visual_indexes=[1]),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True,
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     vlm = Qwen3VLForConditionalGeneration(config)
-    vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    vlm.generation_config.eos_token_id = ids["<|im_end|>"]
+    vlm.generation_config.pad_token_id = ids["<|endoftext|>"]
     return vlm
 
 
 def answer_loss(vlm, processor, texts, answers, images=(), identity=None):
     """Cross-entropy on the answers, each of which follows its text.
 
-    With a linear head `identity`, plus the cross-entropy of reading every token off its own last state: next-token
-    prediction alone lets the last layer forget the token itself, and the flow model would not learn what was asked.
+    With a linear head `identity`, plus the cross-entropy of reading every token off its own last state:
+    next-token prediction alone lets the last layer forget the token itself, and the flow model would not
+    learn what was asked.
     """
     inputs = processor([text + answer for text, answer in zip(texts, answers)], images)
     lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
@@ -193,14 +218,16 @@ def answer_loss(vlm, processor, texts, answers, images=(), identity=None):
         labels[row, -length:] = inputs["input_ids"][row, -length:]
     keep = max(lengths) + 1
     states = []
-    hook = vlm.model.language_model.norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    hook = vlm.model.language_model.norm.register_forward_pre_hook(lambda module,
+                                                                   args: states.append(args[0]))
     logits = vlm(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
     hook.remove()
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -keep + 1:].flatten(), ignore_index=-100)
     if identity is None:
         return loss
     real = inputs["attention_mask"].bool()
-    return loss + F.cross_entropy(identity(F.rms_norm(states[0][real], states[0].shape[-1:])), inputs["input_ids"][real])
+    return loss + F.cross_entropy(identity(F.rms_norm(states[0][real], states[0].shape[-1:])),
+                                  inputs["input_ids"][real])
 
 
 def make_vlm(steps=700):
@@ -227,13 +254,16 @@ def make_vlm(steps=700):
         captions = [world.caption(scene) + "<|im_end|>" for scene in scenes]
         edits = [world.sample_edit(rng) for _ in range(12)]
         large = answer_loss(vlm, enlarging, [ask] * 24, captions[:24], [picture(s) for s in scenes[:24]])
-        repeat = answer_loss(vlm, processor, [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]],
+        repeat = answer_loss(vlm, processor,
+                             [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]],
                              captions[24:], identity=identity)
         foresee = answer_loss(vlm, processor, [model.prompt_text(e[1], 1) for e in edits],
-                              [world.caption(e[2]) + "<|im_end|>" for e in edits], [picture(e[0]) for e in edits],
+                              [world.caption(e[2]) + "<|im_end|>" for e in edits],
+                              [picture(e[0]) for e in edits],
                               identity=identity)
         update(opts, large + 0.5 * repeat + 0.5 * foresee, step / steps, 0.3)
-        bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}", edit=f"{foresee.item():.3f}")
+        bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}",
+                        edit=f"{foresee.item():.3f}")
     vlm.to(torch.bfloat16).save_pretrained(OUT / "text_encoder")
 
 
@@ -262,17 +292,21 @@ def make_vae(steps=1500, batch=16):
         bar.set_postfix(psnr=f"{10 * np.log10(4 / error.item()):.2f}")
     vae.to(torch.bfloat16).float().requires_grad_(False)
     latents = torch.cat([vae.encode(x / 127.5 - 1) for x in images[:2048].split(64)])
-    statistics = {"latents_mean": latents.mean((0, 2, 3)).tolist(), "latents_std": latents.std((0, 2, 3)).tolist()}
+    statistics = {"latents_mean": latents.mean((0, 2, 3)).tolist(),
+                  "latents_std": latents.std((0, 2, 3)).tolist()}
     vae.config = vae.config | statistics
     x = held_out / 127.5 - 1
-    print(f"held-out PSNR {10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3))).mean():.2f} dB")
+    print(f"held-out PSNR "
+          f"{10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3))).mean():.2f} dB")
     unused = {}  # a video model's checkpoint carries these; one frame never meets them
     for side, blocks, factor in (("encoder.down_blocks", (1, 2, 3), 1), ("decoder.up_blocks", (0, 1, 2), 2)):
         for block in blocks:
             kind = "downsampler" if factor == 1 else "upsampler"
             width = vae.get_submodule(f"{side}.{block}.{kind}.resample.1").out_channels
-            unused[f"{side}.{block}.{kind}.time_conv.weight"] = torch.zeros(factor * width, width, 1, 1, dtype=torch.bfloat16)
-            unused[f"{side}.{block}.{kind}.time_conv.bias"] = torch.zeros(factor * width, dtype=torch.bfloat16)
+            unused[f"{side}.{block}.{kind}.time_conv.weight"] = torch.zeros(factor * width, width, 1, 1,
+                                                                            dtype=torch.bfloat16)
+            unused[f"{side}.{block}.{kind}.time_conv.bias"] = torch.zeros(factor * width,
+                                                                          dtype=torch.bfloat16)
     save_bf16(vae, OUT / "vae" / "diffusion_pytorch_model.safetensors", unused)
     write_json(OUT / "vae" / "config.json", VAE | statistics)
 
@@ -334,10 +368,10 @@ def make_flow(steps=3600):
         data, size = (edited, 48) if step % 3 == 2 else (generated, 64)
         rows = [data[i] for i in rng.integers(len(data), size=size)]
         prompts = [empty if rng.random() < DROPPED else prompt for prompt, empty, _ in rows]
-        x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT  # (B, N, C)
+        x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT                          # (B, N, C)
         eps, t = torch.randn_like(x0), torch.sigmoid(torch.randn(size) + 0.5)
-        x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps                                             # Eq. 1
-        loss = (flow.velocity(x, t, flow.prefix(prompts, (4, 4))) - (eps - x0)).pow(2).mean()                # Eq. 2
+        x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps                                   # Eq. 1
+        loss = (flow.velocity(x, t, flow.prefix(prompts, (4, 4))) - (eps - x0)).pow(2).mean()      # Eq. 2
         update(opts, loss, step / steps, 0.5)
         decay = min(0.998, step / (step + 10))
         for key, value in flow.state_dict().items():
@@ -378,21 +412,27 @@ def make_prompts(relations=160, held_out_edits=32, edits=256):
                         "before": world.caption(source), "after": world.caption(target)})
     write_lines(HERE / "edits_heldout.jsonl", records[:held_out_edits])
     write_lines(HERE / "edits.jsonl", records[held_out_edits:])
-    (HERE / "mixed.jsonl").write_text("".join((HERE / name).read_text() for name in ("prompts.jsonl", "edits.jsonl")))
+    (HERE / "mixed.jsonl").write_text("".join((HERE / name).read_text()
+                                              for name in ("prompts.jsonl", "edits.jsonl")))
 
 
 def base_samples(prompts, per_prompt, seed, sources=None):
-    """[(prompt, image)] of the base model, each prompt at one of several guidance scales; `sources`: a source path for each."""
+    """[(prompt, image)] of the base model, each prompt at one of several guidance scales; `sources`: a source
+    path for each.
+    """
     vae = model.load_vae(OUT, "cpu", torch.float32)
-    requests = {i: model.Request(prompt, sources=(sources[i],) if sources else ()) for i, prompt in enumerate(prompts)}
+    requests = {i: model.Request(prompt, sources=(sources[i],) if sources else ())
+                for i, prompt in enumerate(prompts)}
     encoded = model.encode_prompts(OUT, vae, requests, (4, 4), torch.device("cpu"))
     flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
     sampler, samples = model.Sampler(flow, graphs=False), []
     t = model.timesteps(SCHEDULER, 16, sample_sigmas=INDEX["sample_sigmas"])
     for i, cfg in enumerate((1.0, 2.0, 3.5)):
         images = [(0, p, n) for p in range(i, len(prompts), 3) for n in range(per_prompt)]
-        batches = model.generate(sampler, vae, encoded, images, (4, 4), t, torch.zeros(len(t) - 1), cfg, seed, 64)
-        samples += [(p, image.convert("RGB")) for chunk, batch, _ in batches for (_, p, _), image in zip(chunk, batch)]
+        batches = model.generate(sampler, vae, encoded, images, (4, 4), t, torch.zeros(len(t) - 1), cfg, seed,
+                                 64)
+        samples += [(p, image.convert("RGB")) for chunk, batch, _ in batches
+                    for (_, p, _), image in zip(chunk, batch)]
     return [(prompts[p], image, *([Image.open(sources[p])] if sources else [])) for p, image in samples]
 
 
@@ -403,7 +443,8 @@ def drawn_samples(rng, count):
         scene = world.sample_scene(rng)
         image = world.draw(scene)
         image = world.degrade(image, rng)[0] if rng.random() < 0.7 else image
-        samples.append((world.caption(world.sample_scene(rng, scene.kind) if rng.random() < 0.5 else scene), image))
+        samples.append((world.caption(world.sample_scene(rng, scene.kind) if rng.random() < 0.5 else scene),
+                        image))
     return samples
 
 
@@ -421,7 +462,9 @@ def spoiled_samples(rng, samples, count):
             slope = np.linspace(1, rng.uniform(0, 0.8), 64)[::rng.choice((-1, 1))]
             x = x * (slope[:, None, None] if rng.random() < 0.5 else slope[None, :, None])
         elif way == 4:  # a ghost of another picture
-            x = x + rng.uniform(0.1, 0.5) * (np.asarray(samples[rng.integers(len(samples))][1], np.float32) / 255 - x)
+            x = x + rng.uniform(0.1,
+                                0.5) * (np.asarray(samples[rng.integers(len(samples))][1],
+                                                   np.float32) / 255 - x)
         elif rng.random() < 0.5:  # nothing, or next to it
             x = x[:1, :1] + rng.normal(0, 0.02, x.shape)
         else:  # colours of another kind
@@ -431,7 +474,9 @@ def spoiled_samples(rng, samples, count):
 
 
 def portrait_samples(rng, count):
-    """[(prompt, image)] of drawn faces: half with a defect of the face, most degraded, a few of something else."""
+    """[(prompt, image)] of drawn faces: half with a defect of the face, most degraded, a few of something
+    else.
+    """
     samples = []
     for _ in range(count):
         scene = world.sample_scene(rng, "face" if rng.random() < 0.9 else None)
@@ -440,11 +485,13 @@ def portrait_samples(rng, count):
         pen, skin = ImageDraw.Draw(image), world.COLORS[scene.items[0].color]
         if way == 0:  # an eye is missing
             side = rng.choice((-1, 1))
-            pen.ellipse([x + 0.36 * side * r - 0.25 * r, y - 0.5 * r, x + 0.36 * side * r + 0.25 * r, y], fill=skin)
+            pen.ellipse([x + 0.36 * side * r - 0.25 * r, y - 0.5 * r, x + 0.36 * side * r + 0.25 * r, y],
+                        fill=skin)
         elif way == 1:  # the mouth is missing
             pen.rectangle([x - 0.6 * r, y + 0.15 * r, x + 0.6 * r, y + 0.68 * r], fill=skin)
         elif way == 2:  # an eye has another colour
-            pen.ellipse([x + 0.17 * r, y - 0.44 * r, x + 0.55 * r, y - 0.06 * r], fill=world.COLORS[str(rng.choice(world.EYE_COLORS))])
+            pen.ellipse([x + 0.17 * r, y - 0.44 * r, x + 0.55 * r, y - 0.06 * r],
+                        fill=world.COLORS[str(rng.choice(world.EYE_COLORS))])
         elif way == 3:  # squeezed
             width = int(rng.integers(28, 48))
             squeezed = Image.new("RGB", image.size, image.getpixel((0, 0)))
@@ -455,14 +502,18 @@ def portrait_samples(rng, count):
 
 
 def edit_samples(rng, count):
-    """[(instruction, output, source)] of drawings: edits done well, not at all, wrongly, with other layouts, or degraded."""
+    """[(instruction, output, source)] of drawings: edits done well, not at all, wrongly, with other layouts,
+    or degraded.
+    """
     samples = []
     for _ in range(count):
         source, instruction, target = world.sample_edit(rng)
         ways = [text for way in world.edits(source) for text in way if text != instruction]
-        shift = lambda item: replace(item, x=item.x + rng.uniform(-5, 5), y=item.y + rng.uniform(-5, 5))  # noqa: E731
+        # noqa: E731
+        shift = lambda item: replace(item, x=item.x + rng.uniform(-5, 5), y=item.y + rng.uniform(-5, 5))
         moved = replace(target, items=tuple(map(shift, target.items)))
-        outcomes = (target, target, source, world.edited(source, str(rng.choice(ways))) if ways else source, moved,
+        outcomes = (target, target, source, world.edited(source, str(rng.choice(ways))) if ways else source,
+                    moved,
                     world.sample_scene(rng, target.kind))
         image = world.draw(outcomes[rng.integers(len(outcomes))])
         image = world.degrade(image, rng)[0] if rng.random() < 0.4 else image
@@ -482,34 +533,41 @@ def edit_sources(rng, count, folder):
 
 
 def preference(prompt, first, second):
-    """(chosen, rejected) by the annotation hierarchy of Sec. 3.1, or None: consistency with the prompt, then distortion, then
-    texture and appeal, which one figure of the oracle covers here."""
+    """(chosen, rejected) by the annotation hierarchy of Sec. 3.1, or None: consistency with the prompt, then
+    distortion, then texture and appeal, which one figure of the oracle covers here."""
     keys = [(world.alignment(image, prompt)[1], -sum(item.form == "" for item in world.read(image).items),
              round(world.aesthetic(image), 2)) for image in (first, second)]
     return None if keys[0] == keys[1] else (first, second) if keys[0] > keys[1] else (second, first)
 
 
 def make_scores():
-    """Scored pictures and pairs for train_reward.py, labelled by the oracle: drawings, samples of the base, and what each
-    scorer needs besides: spoiled samples for the aesthetic, more pairs of drawing and caption for the alignment."""
+    """Scored pictures and pairs for train_reward.py, labelled by the oracle: drawings, samples of the base,
+    and what each scorer needs besides: spoiled samples for the aesthetic, more pairs of drawing and caption
+    for the alignment."""
     rng = np.random.default_rng(SEED + 2)
     train, held_out = ([json.loads(line)["prompt"] for line in (HERE / name).read_text().splitlines()]
                        for name in ("prompts.jsonl", "heldout.jsonl"))
-    faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"] for prompts in (train, held_out))
-    samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8, SEED + 1), drawn_samples(rng, 3000)
+    faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"]
+                             for prompts in (train, held_out))
+    samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8,
+                                                                        SEED + 1), drawn_samples(rng, 3000)
     instructions, sources = edit_sources(rng, 600, BUILD / "sources")
-    other_instructions, other_sources = edit_sources(np.random.default_rng(SEED + 5), 200, BUILD / "other-sources")
+    other_instructions, other_sources = edit_sources(np.random.default_rng(SEED + 5), 200,
+                                                     BUILD / "other-sources")
     edited = base_samples(instructions, 8, SEED, sources)
     spoiled = spoiled_samples(rng, samples, 4000)
     rules = {
-        "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward, "portrait": world.portrait_reward,
+        "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward,
+        "portrait": world.portrait_reward,
         "instruction": world.instruction_reward, "consistency": world.consistency_reward}
     edits = {"train": edit_samples(rng, 5000) + edited, "drawn": edit_samples(rng, 400),
              "samples": base_samples(other_instructions, 8, SEED + 1, other_sources)}
     data = {
         "aesthetic": {"train": drawn + samples + spoiled, "drawn": drawn_samples(rng, 400), "samples": tests},
-        "alignment": {"train": drawn + samples + drawn_samples(rng, 7000), "drawn": drawn_samples(rng, 400), "samples": tests},
-        "portrait": {"train": portrait_samples(rng, 4000) + base_samples(faces, 40, SEED + 3), "drawn": portrait_samples(rng, 400),
+        "alignment": {"train": drawn + samples + drawn_samples(rng, 7000), "drawn": drawn_samples(rng, 400),
+                      "samples": tests},
+        "portrait": {"train": portrait_samples(rng, 4000) + base_samples(faces, 40, SEED + 3),
+                     "drawn": portrait_samples(rng, 400),
                      "samples": base_samples(held_out_faces, 24, SEED + 4)},
         "instruction": edits, "consistency": edits}
     for name, parts in data.items():
@@ -520,7 +578,8 @@ def make_scores():
     write_pairs(rng, samples + spoiled)
     examples = []
     for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
-        examples += [json.loads(line) for line in (BUILD / f"aesthetic-{part}.jsonl").read_text().splitlines()[:24]]
+        examples += [json.loads(line)
+                     for line in (BUILD / f"aesthetic-{part}.jsonl").read_text().splitlines()[:24]]
     for record in examples:
         (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
         (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
@@ -528,8 +587,8 @@ def make_scores():
 
 
 def write_scores(name, part, rows, rule):
-    """Pictures [(prompt, image, source?)] as files and their scores as JSON Lines. Where content counts, the reasoning says what
-    is seen: a tiny VLM learns to compare much better with it."""
+    """Pictures [(prompt, image, source?)] as files and their scores as JSON Lines. Where content counts, the
+    reasoning says what is seen: a tiny VLM learns to compare much better with it."""
     (BUILD / name / part).mkdir(parents=True, exist_ok=True)
     records, sources = [], {}  # a source is saved once, so that its samples are a group
     for i, (prompt, image, *source) in enumerate(rows):
@@ -539,7 +598,8 @@ def write_scores(name, part, rows, rule):
             record["source"] = sources.setdefault(source[0].tobytes(), f"{name}/{part}/{i:05d}-source.png")
             source[0].save(BUILD / record["source"])
         if name in ("alignment", "instruction", "consistency"):
-            record["reasoning"] = "; then ".join(world.describe(world.read(picture)) for picture in (*source, image))
+            record["reasoning"] = "; then ".join(world.describe(world.read(picture))
+                                                 for picture in (*source, image))
         records.append(record | {"score": round(rule([image], [prompt], [source])[0], 3)})
     write_lines(BUILD / f"{name}-{part}.jsonl", records)
 
@@ -572,18 +632,22 @@ def make_rewards():
     for name, base, data, tests, steps in REWARDS:
         model.remove(OUT / "rewards" / name)
         subprocess.run([
-            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base", str(OUT / base),
+            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base",
+            str(OUT / base),
             "--data", str(BUILD / f"{data}-train.jsonl"), "--eval-data",
             *(str(BUILD / f"{test}-{part}.jsonl") for test in tests for part in ("drawn", "samples")),
-            "--out", str(OUT / "rewards" / name), "--pixels", str(192 * 192), "--steps", str(steps)], check=True)
+            "--out", str(OUT / "rewards" / name), "--pixels", str(192 * 192), "--steps", str(steps)],
+                       check=True)
     for name in ("instruction", "consistency"):
         write_json(OUT / "rewards" / name / "reward.json", {"weights": "../edit"})
 
 
-STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores, "rewards": make_rewards}
+STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores,
+          "rewards": make_rewards}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, help="run one stage instead of all")
     args = parser.parse_args()
     start = time.time()

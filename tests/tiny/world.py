@@ -1,8 +1,9 @@
 """The tiny world: 64x64 pictures with captions, edits, and an oracle that reads pictures back.
 
-A picture shows one shape, several equal shapes, two shapes in a relation, a face or a letter, on white or black. Everything is
-drawn procedurally, so the truth is known: `draw` and `caption` turn a `Scene` into picture and text, `parse` and `read` turn text
-and picture back into a `Scene`, and `alignment` compares the two. Only numpy and Pillow are needed.
+A picture shows one shape, several equal shapes, two shapes in a relation, a face or a letter, on white or
+black. Everything is drawn procedurally, so the truth is known: `draw` and `caption` turn a `Scene` into
+picture and text, `parse` and `read` turn text and picture back into a `Scene`, and `alignment` compares the
+two. Only numpy and Pillow are needed.
 
     python tests/tiny/world.py sheet.png      # contact sheet, and a table of how well the oracle does
 """
@@ -33,7 +34,8 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three"}
 RELATIONS = ("above", "below", "left of", "right of")
 KINDS = ("single", "count", "relation", "face", "letter")
-CATEGORIES = {"single": "general", "count": "counting", "relation": "relation", "face": "portrait", "letter": "typography"}
+CATEGORIES = {"single": "general", "count": "counting", "relation": "relation", "face": "portrait",
+              "letter": "typography"}
 LETTERS = {  # strokes as polylines; x and y in [-1, 1], y downwards. O is drawn as a ring.
     "E": [[(1, -1), (-1, -1), (-1, 1), (1, 1)], [(-1, 0), (0.7, 0)]],
     "H": [[(-1, -1), (-1, 1)], [(1, -1), (1, 1)], [(-1, 0), (1, 0)]],
@@ -55,7 +57,8 @@ PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)  # [8,
 class Item:
     """One object. `form` is a shape, "face" or a letter; centre (x, y) and half extent r are in pixels.
 
-    What was parsed from a caption has no layout (zeros); what was read from a picture has "" where it is unclear.
+    What was parsed from a caption has no layout (zeros); what was read from a picture has "" where it is
+    unclear.
     """
 
     form: str
@@ -67,7 +70,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that `draw` needs. `relation` is how items[0] stands to items[1]; `mood` and `eyes` belong to a face."""
+    """All that `draw` needs. `relation` is how items[0] stands to items[1]; `mood` and `eyes` belong to a
+    face.
+    """
 
     kind: str
     items: tuple[Item, ...]
@@ -96,7 +101,9 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
     if kind == "count":
         shape, r = str(rng.choice(SHAPES)), rng.uniform(8, 10)
         corners = rng.permutation([(17, 17), (47, 17), (17, 47), (47, 47)])[: rng.choice(list(COUNTS))]
-        return Scene(kind, tuple(Item(shape, color, *(corner + rng.uniform(-3, 3, 2)), r) for corner in corners), background)
+        return Scene(kind,
+                     tuple(Item(shape, color, *(corner + rng.uniform(-3, 3, 2)), r) for corner in corners),
+                     background)
     if kind == "relation":
         looks = list(itertools.product(SHAPES, COLORS))
         chosen = [looks[i] for i in rng.choice(len(looks), 2, replace=False)]
@@ -105,7 +112,8 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
         places = [(a + rng.uniform(-2.5, 2.5), 32 + rng.uniform(-6, 6)) for a in along]
         if relation in ("above", "below"):
             places = [(x, y) for y, x in places]
-        items = tuple(Item(*look, *place, rng.uniform(8, 10.5)) for look, place in zip(chosen, places, strict=True))
+        items = tuple(Item(*look, *place, rng.uniform(8, 10.5))
+                      for look, place in zip(chosen, places, strict=True))
         return Scene(kind, items, background, relation=relation)
     raise ValueError(f"unknown kind {kind!r}; one of {KINDS}")
 
@@ -151,8 +159,10 @@ def _all_specs() -> list[Scene]:
     for ground in BACKGROUNDS:
         specs += [Scene("single", (thing,), ground) for thing in things]
         specs += [Scene("count", (thing,) * n, ground) for thing in things for n in COUNTS]
-        specs += [Scene("relation", pair, ground, name) for pair in itertools.permutations(things, 2) for name in RELATIONS]
-        specs += [Scene("face", (Item("face", "yellow"),), ground, "", mood, eyes) for mood in MOODS for eyes in EYE_COLORS]
+        specs += [Scene("relation", pair, ground, name) for pair in itertools.permutations(things, 2)
+                  for name in RELATIONS]
+        specs += [Scene("face", (Item("face", "yellow"),), ground, "", mood, eyes) for mood in MOODS
+                  for eyes in EYE_COLORS]
         specs += [Scene("letter", (Item(letter, color),), ground) for letter in LETTERS for color in COLORS]
     return specs
 
@@ -216,7 +226,9 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def degrade(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, float]:
-    """An uglier picture of the same content, and how much uglier in [0, 1]: blurred, tinted, washed out, or two of these."""
+    """An uglier picture of the same content, and how much uglier in [0, 1]: blurred, tinted, washed out, or
+    two of these.
+    """
     severity = float(rng.uniform(0.1, 1))
     ways = rng.choice(("blur", "tint", "wash"), size=rng.choice((1, 2), p=(0.7, 0.3)), replace=False)
     strength = severity if len(ways) == 1 else 0.7 * severity
@@ -236,10 +248,13 @@ def degrade(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, 
 
 
 def edits(scene: Scene) -> list[dict[str, Scene]]:
-    """All edits of a scene as {instruction: scene afterwards}, one dict for each way to edit. Layout stays as it was."""
+    """All edits of a scene as {instruction: scene afterwards}, one dict for each way to edit. Layout stays as
+    it was.
+    """
     if not scene.items:
         return []
-    ways = [{f"change the background to {ground}": replace(scene, background=ground) for ground in BACKGROUNDS}]
+    ways = [{f"change the background to {ground}": replace(scene, background=ground)
+             for ground in BACKGROUNDS}]
     if scene.kind == "face":
         ways.append({f"make the face {mood}": replace(scene, mood=mood) for mood in MOODS})
         ways.append({f"make the eyes {color}": replace(scene, eyes=color) for color in EYE_COLORS})
@@ -247,7 +262,8 @@ def edits(scene: Scene) -> list[dict[str, Scene]]:
         for item, other in (scene.items, scene.items[::-1]):
 
             def swap(item=item, **changes) -> Scene:
-                return replace(scene, items=tuple(replace(i, **changes) if i is item else i for i in scene.items))
+                return replace(scene,
+                               items=tuple(replace(i, **changes) if i is item else i for i in scene.items))
 
             name = f"{item.color} {item.form}"
             ways.append({f"make the {name} {color}": swap(color=color) for color in COLORS})
@@ -264,10 +280,13 @@ def edits(scene: Scene) -> list[dict[str, Scene]]:
         if scene.kind == "letter":
             ways.append({f"change the letter to {letter}": change(form=letter) for letter in LETTERS})
         else:
-            ways.append({f"turn the {name} into {f'{s}s' if plural else _article(s)}": change(form=s) for s in SHAPES})
+            ways.append({f"turn the {name} into {f'{s}s' if plural else _article(s)}": change(form=s)
+                         for s in SHAPES})
 
     def possible(target: Scene) -> bool:
-        """Something changes, and the two objects of a relation do not become alike, which no caption describes"""
+        """Something changes, and the two objects of a relation do not become alike, which no caption
+        describes
+        """
         looks = {(item.form, item.color) for item in target.items}
         return target != scene and (target.kind != "relation" or len(looks) == 2)
 
@@ -297,7 +316,8 @@ def sample_edit(rng: np.random.Generator) -> tuple[Scene, str, Scene]:
 def _pixels(image: Image.Image) -> np.ndarray:
     """[SIZE, SIZE, 3] in 0..255"""
     image = image.convert("RGB")
-    return np.asarray(image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)
+    return np.asarray(image if image.size == (SIZE, SIZE)
+                      else image.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)
 
 
 def _nearest(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -309,10 +329,11 @@ def _nearest(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _components(mask: np.ndarray, smallest: int) -> list[np.ndarray]:
     """4-connected components of a [H, W] mask with at least `smallest` pixels, as masks, largest first.
 
-    Union-find over the horizontal runs of each row: two runs belong together where they overlap in neighbouring rows.
+    Union-find over the horizontal runs of each row: two runs belong together where they overlap in
+    neighbouring rows.
     """
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    runs = list(zip(*np.nonzero(edges == 1), np.nonzero(edges == -1)[1], strict=True))  # (row, start, end)
+    runs = list(zip(*np.nonzero(edges == 1), np.nonzero(edges == -1)[1], strict=True))     # (row, start, end)
     parent = list(range(len(runs)))
 
     def root(i: int) -> int:
@@ -343,11 +364,14 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """The mask sampled at [48, 48] over 3 standard deviations around its centre: a bump on a side hardly moves these"""
+    """The mask sampled at [48, 48] over 3 standard deviations around its centre: a bump on a side hardly
+    moves these
+    """
     padded = np.pad(mask, SIZE)
     y, x = np.nonzero(padded)
     steps = np.linspace(-3, 3, 48)
-    rows, columns = (np.rint(v.mean() + steps * max(v.std(), 1)).clip(0, 3 * SIZE - 1).astype(int) for v in (y, x))
+    rows, columns = (np.rint(v.mean() + steps * max(v.std(), 1)).clip(0, 3 * SIZE - 1).astype(int)
+                     for v in (y, x))
     return padded[np.ix_(rows, columns)]
 
 
@@ -373,7 +397,8 @@ def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tupl
     """(mood, eye colour) of a yellow component, "" where unclear; None if it has no face"""
     top, bottom, left, right = _box(mask)
     disc = TEMPLATES[FORMS.index("circle")]
-    if min(bottom - top, right - left) < 24 or (disc & _outline(mask)).sum() < 0.75 * (disc | _outline(mask)).sum():
+    if min(bottom - top,
+           right - left) < 24 or (disc & _outline(mask)).sum() < 0.75 * (disc | _outline(mask)).sum():
         return None
     v, u = np.mgrid[:SIZE, :SIZE]  # the face's own coordinates in [-1, 1]
     u, v = (2 * u + 1 - left - right) / (right - left), (2 * v + 1 - top - bottom) / (bottom - top)
@@ -387,10 +412,12 @@ def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tupl
         core = socket & (contrast > 0.8 * contrast[socket].max())
         eyes.append(PALETTE_NAMES[_nearest(pixels[core].mean(0))[0]])
 
-    mouth = (labels == PALETTE_NAMES.index("black")) & (abs(u) < 0.62) & (v > 0.15) & (v < 0.75) & (u * u + v * v < 0.72)
+    below = (abs(u) < 0.62) & (v > 0.15) & (v < 0.75) & (u * u + v * v < 0.72)
+    mouth = (labels == PALETTE_NAMES.index("black")) & below
     if mouth.sum() < 8:
         return None
-    bend = np.polyfit(u[mouth], v[mouth], 2)[0] if np.ptp(u[mouth]) > 0.3 else 0  # v grows downwards: negative is a smile
+    # v grows downwards: negative is a smile
+    bend = np.polyfit(u[mouth], v[mouth], 2)[0] if np.ptp(u[mouth]) > 0.3 else 0
     mood = "smiling" if bend < -0.3 else "sad" if bend > 0.3 else ""
     return mood, eyes[0] if eyes[0] == eyes[1] and eyes[0] in EYE_COLORS else ""
 
@@ -398,18 +425,23 @@ def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tupl
 def _stands(relation: str, a: Item, b: Item) -> bool:
     """Whether a is above / below / left of / right of b: clearly so, and more than it is beside it"""
     dx, dy = b.x - a.x, b.y - a.y
-    along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy), "right of": (-dx, dy)}[relation]
+    along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy),
+                     "right of": (-dx, dy)}[relation]
     return along > 8 and along > abs(across)
 
 
 def read(image: Image.Image) -> Scene:
-    """What a picture shows, with "" for whatever is unclear. Components under 24 pixels do not count as objects."""
+    """What a picture shows, with "" for whatever is unclear. Components under 24 pixels do not count as
+    objects.
+    """
     pixels = _pixels(image)
     labels, _ = _nearest(pixels)
-    rim = np.concatenate([labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()])
+    rim = np.concatenate([labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(),
+                          labels[:, -2:].ravel()])
     shares = np.bincount(rim, minlength=len(PALETTE)) / len(rim)
     ground = int(shares.argmax())
-    background = PALETTE_NAMES[ground] if shares[ground] > 0.9 and PALETTE_NAMES[ground] in BACKGROUNDS else ""
+    plain = shares[ground] > 0.9 and PALETTE_NAMES[ground] in BACKGROUNDS
+    background = PALETTE_NAMES[ground] if plain else ""
 
     items, mood, eyes = [], "", ""
     for mask in _components(labels != ground, smallest=24):
@@ -439,14 +471,16 @@ def read(image: Image.Image) -> Scene:
 def _match(seen: Scene, asked: Scene) -> tuple[bool, float]:
     def best(order: tuple[Item, ...]) -> list[float]:
         pairs = list(zip(order, asked.items, strict=False))
-        met = [sum(getattr(a, what) == getattr(b, what) for a, b in pairs) / len(asked.items) for what in ("color", "form")]
+        met = [sum(getattr(a, what) == getattr(b, what) for a, b in pairs) / len(asked.items)
+               for what in ("color", "form")]
         if asked.relation:
             met.append(float(len(order) == 2 and _stands(asked.relation, *order)))
         return met
 
     wanted = len(asked.items)
     met = [float(seen.background == asked.background), max(0.0, 1 - abs(len(seen.items) - wanted) / wanted)]
-    met += max(map(best, itertools.permutations(seen.items[: wanted + 1], min(wanted, len(seen.items)))), key=sum)
+    met += max(map(best, itertools.permutations(seen.items[: wanted + 1], min(wanted, len(seen.items)))),
+               key=sum)
     if asked.kind == "face":
         met += [float(seen.mood == asked.mood), float(seen.eyes == asked.eyes)]
     return min(met) == 1, sum(met) / len(met)
@@ -469,9 +503,10 @@ def alignment(image: Image.Image, prompt: str, source: Image.Image | None = None
 def aesthetic(image: Image.Image) -> float:
     """How clean a picture is, in [0, 1], whatever it shows: sharpness of its edges times purity of its areas.
 
-    Sharpness is the share of an edge's contrast (over 7 pixels) that it covers within 3 pixels, averaged over all edges. Purity
-    falls with the distance to the palette away from edges, averaged over background and objects separately. Neither depends on
-    how large or how many the objects are. Without edges there is nothing in the picture: 0.
+    Sharpness is the share of an edge's contrast (over 7 pixels) that it covers within 3 pixels, averaged over
+    all edges. Purity falls with the distance to the palette away from edges, averaged over background and
+    objects separately. Neither depends on how large or how many the objects are. Without edges there is
+    nothing in the picture: 0.
     """
     pixels = _pixels(image)
     labels, distance = _nearest(pixels)
@@ -498,7 +533,8 @@ def aesthetic(image: Image.Image) -> float:
 
     ground = labels == np.bincount(labels.ravel()).argmax()
     flat = ~_spread(edge, 1)
-    impurity = np.mean([distance[area & flat if (area & flat).any() else area].mean() for area in (ground, ~ground)])
+    impurity = np.mean([distance[area & flat if (area & flat).any() else area].mean()
+                        for area in (ground, ~ground)])
     something = min(1.0, edge.sum() / 40)  # a few stray pixels are no picture
     return float(something * sharpness**4 * np.exp(-impurity / 60))
 
@@ -513,7 +549,8 @@ def _spread(values: np.ndarray, distance: int) -> np.ndarray:
 
 
 def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
-    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches and 3 pixels around it, at least 0"""
+    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches and 3 pixels around it, at least 0
+    """
     touched = _spread(np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8, 3)
     if touched.all():
         return 1.0
@@ -522,7 +559,9 @@ def consistency(source_image: Image.Image, output_image: Image.Image, source: Sc
 
 
 def portrait(image: Image.Image) -> float:
-    """How good a face the picture shows, in [0, 1]: it is one face with a clear mood and two alike eyes, and cleanly drawn"""
+    """How good a face the picture shows, in [0, 1]: it is one face with a clear mood and two alike eyes, and
+    cleanly drawn
+    """
     seen = read(image)
     if seen.kind != "face":
         return 0.0
@@ -530,8 +569,8 @@ def portrait(image: Image.Image) -> float:
 
 
 def instruction(image: Image.Image, prompt: str, source: Image.Image) -> float:
-    """How well the edit was carried out, in [0, 1]: the share of the target's requirements met, a quarter of it where the
-    picture is no closer to the target than to the source, so that the core is not met"""
+    """How well the edit was carried out, in [0, 1]: the share of the target's requirements met, a quarter of
+    it where the picture is no closer to the target than to the source, so that the core is not met"""
     before, seen = read(source), read(image)
     met, unchanged = _match(seen, edited(before, prompt))[1], _match(seen, before)[1]
     return met if met > unchanged else met / 4
@@ -544,7 +583,9 @@ def preserved(image: Image.Image, prompt: str, source: Image.Image) -> float:
 
 
 def embed_faces(image: Image.Image) -> list[np.ndarray]:
-    """One vector per face, for the identity reward. Who somebody is shows in the eyes; mood, place and size do not matter."""
+    """One vector per face, for the identity reward. Who somebody is shows in the eyes; mood, place and size
+    do not matter.
+    """
     pixels, vectors = _pixels(image), []
     for item in read(image).items:
         if item.form != "face":
@@ -580,14 +621,17 @@ def strict_reward(images: Images, prompts: list[str], sources: list[Images] | No
 
 
 def instruction_reward(images: Images, prompts: list[str], sources: list[Images]) -> list[float]:
-    return [1 + 4 * instruction(image, prompt, before[0]) for image, prompt, before in zip(images, prompts, sources, strict=True)]
+    return [1 + 4 * instruction(image, prompt, before[0])
+            for image, prompt, before in zip(images, prompts, sources, strict=True)]
 
 
 def consistency_reward(images: Images, prompts: list[str], sources: list[Images]) -> list[float]:
-    return [1 + 4 * preserved(image, prompt, before[0]) for image, prompt, before in zip(images, prompts, sources, strict=True)]
+    return [1 + 4 * preserved(image, prompt, before[0])
+            for image, prompt, before in zip(images, prompts, sources, strict=True)]
 
 
-aesthetic_reward.range = portrait_reward.range = alignment_reward.range = instruction_reward.range = consistency_reward.range = 1, 5
+for _reward in (aesthetic_reward, portrait_reward, alignment_reward, instruction_reward, consistency_reward):
+    _reward.range = 1, 5
 strict_reward.range = 0, 1
 
 
@@ -600,7 +644,9 @@ def _alignments(images: Images, prompts: list[str], sources: list[Images] | None
 
 
 def _contact_sheet(path: str, rng: np.random.Generator) -> None:
-    """Rows: scenes of each kind, each followed by its degraded version; then edits as pairs of source and target"""
+    """Rows: scenes of each kind, each followed by its degraded version; then edits as pairs of source and
+    target
+    """
     tiles = []
     for kind in KINDS:
         for _ in range(8):
@@ -626,7 +672,9 @@ def _self_test(rng: np.random.Generator, per_kind: int = 300) -> None:
         return float(np.mean([aesthetic(damage(draw(scene))) for scene in scenes]))
 
     def strict_soft(images, scenes) -> list[float]:
-        return [np.mean(v) for v in zip(*(alignment(i, caption(s)) for i, s in zip(images, scenes, strict=True)), strict=True)]
+        return [np.mean(v)
+                for v in zip(*(alignment(i, caption(s)) for i, s in zip(images, scenes, strict=True)),
+                             strict=True)]
 
     def blend(color, share: float):
         return lambda image: Image.blend(image, Image.new("RGB", image.size, color), share)
@@ -634,14 +682,18 @@ def _self_test(rng: np.random.Generator, per_kind: int = 300) -> None:
     def blur(radius: float):
         return lambda image: image.filter(ImageFilter.GaussianBlur(radius))
 
-    print("          clean         wrong prompt  degraded      aesthetic of clean, blurred .5px, degraded by severity tercile")
+    print("          clean         wrong prompt  degraded      aesthetic of clean, blurred .5px, degraded by "
+          "severity tercile")
     for kind in KINDS:
         scenes = [sample_scene(rng, kind) for _ in range(per_kind)]
         images = [draw(scene) for scene in scenes]
-        others = [sample_scene(rng, kind) for _ in scenes]  # less those that happen to describe the same picture
-        pairs = [(i, other) for i, s, other in zip(images, scenes, others, strict=True) if not _match(s, other)[0]]
+        # less those that happen to describe the same picture
+        others = [sample_scene(rng, kind) for _ in scenes]
+        pairs = [(i, other)
+                 for i, s, other in zip(images, scenes, others, strict=True) if not _match(s, other)[0]]
         ugly, severity = zip(*(degrade(image, rng) for image in images), strict=True)
-        values = [*strict_soft(images, scenes), *strict_soft(*zip(*pairs, strict=True)), *strict_soft(ugly, scenes)]
+        values = [*strict_soft(images, scenes), *strict_soft(*zip(*pairs, strict=True)),
+                  *strict_soft(ugly, scenes)]
         values += [mean_aesthetic(scenes), mean_aesthetic(scenes, blur(0.5))]
         by_severity = np.array([aesthetic(image) for image in ugly])[np.argsort(severity)]
         values += [tercile.mean() for tercile in np.array_split(by_severity, 3)]
@@ -651,17 +703,23 @@ def _self_test(rng: np.random.Generator, per_kind: int = 300) -> None:
     looks = list(itertools.product(SHAPES, COLORS, BACKGROUNDS))
     small, large = ([Scene("single", (Item(s, c, 32.3, 31.8, r),), b) for s, c, b in looks] for r in (8, 22))
     corners = list(itertools.product((17, 47), (17, 47)))
-    one, four = ([Scene("count", tuple(Item("circle", c, x, y, 9) for x, y in corners[:n]), "white") for c in COLORS] for n in (1, 4))
-    damages = {"clean": blend("red", 0), "blur 1": blur(1), "tint": blend((230, 120, 20), 0.15), "wash": blend((150, 150, 150), 0.25)}
+    one, four = ([Scene("count", tuple(Item("circle", c, x, y, 9) for x, y in corners[:n]), "white")
+                  for c in COLORS] for n in (1, 4))
+    damages = {"clean": blend("red", 0), "blur 1": blur(1), "tint": blend((230, 120, 20), 0.15),
+               "wash": blend((150, 150, 150), 0.25)}
     for name, damage in damages.items():
-        print(f"{name:10s}" + "  ".join(f"{mean_aesthetic(group, damage):.3f}" for group in (small, large, one, four)))
-    print("empty     " + "  ".join(f"{aesthetic(Image.new('RGB', (SIZE, SIZE), color)):.3f}" for color in BACKGROUNDS))
+        print(f"{name:10s}"
+              + "  ".join(f"{mean_aesthetic(group, damage):.3f}" for group in (small, large, one, four)))
+    print("empty     "
+          + "  ".join(f"{aesthetic(Image.new('RGB', (SIZE, SIZE), color)):.3f}" for color in BACKGROUNDS))
 
     scored = []
     for source, instruction, target in (sample_edit(rng) for _ in range(2 * per_kind)):
         before, after, other = draw(source), draw(target), draw(sample_scene(rng))
         scores = [alignment(image, instruction, before)[0] for image in (after, before)]
-        scored.append(scores + [consistency(before, image, source, target) for image in (after, blur(0.5)(after), other)])
+        scored.append(scores
+                      + [consistency(before, image, source, target)
+                         for image in (after, blur(0.5)(after), other)])
     print("\nedits: strict {:.3f}, of the unedited source {:.3f}; ".format(*np.mean(scored, 0)[:2]), end="")
     print("consistency {:.3f}, blurred .5px {:.3f}, another picture {:.3f}".format(*np.mean(scored, 0)[2:]))
     texts = [*SPECS, *(sample_edit(rng)[1] for _ in range(3000))]
