@@ -862,11 +862,15 @@ def to_pixels(images):
     return pixels.permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def to_images(pixels):
-    """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
+def check_finite(pixels):
     if not pixels.isfinite().all():
         raise UserError("the network draws NaN: its weights are damaged or overflow; go back to an earlier "
                         "model, with a lower --lr")
+
+
+def to_images(pixels):
+    """(B, 4, H, W) in [-1, 1] -> PIL RGBA images."""
+    check_finite(pixels)
     return [Image.fromarray(rgba)
             for rgba in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -1284,7 +1288,7 @@ def noise_levels(t, steps, noise_level):
     return sigma
 
 
-def image_generator(seed, step, prompt_id, image):
+def noise_stream(seed, step, prompt_id, image):
     """The CPU random stream of one image: its initial noise, then the noise of each stochastic step.
 
     It depends on nothing else: neither batch layout nor world size nor device.
@@ -1498,7 +1502,7 @@ def sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
     """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields
     (part of the list, x_0 (B, N, C), states {k: (x_k, z_k) (B, N, C)})."""
     for part in split_batches(images, encoded, batch, grid[0] * grid[1]):
-        pairs, generators = [encoded[i] for _, i, _ in part], [image_generator(seed, *key) for key in part]
+        pairs, generators = [encoded[i] for _, i, _ in part], [noise_stream(seed, *key) for key in part]
         yield part, *sampler(pairs, generators, grid, t, sigma, cfg, keep)
 
 
@@ -1750,7 +1754,7 @@ class RemoteScorer:
     reward. The key is OPENAI_API_KEY_NAME, NAME that of the reward in capitals, or OPENAI_API_KEY.
     """
 
-    # seconds: for an answer, for a server to come back, between looks for it
+    # seconds: for an answer; for a server to come back, or to be left alone; between looks for it
     TIMEOUT, AWAY, PAUSE = 120, 300, 2
     # after the first try; requests at a time; time-outs in a row that are enough
     RETRIES, CONCURRENCY, SILENT = 3, 16, 8
@@ -1763,7 +1767,8 @@ class RemoteScorer:
         here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         # no proxy leads back to this machine
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)
-        self.pool, self.silent, self.away, self.told = ThreadPoolExecutor(self.CONCURRENCY), 0, None, set()
+        self.pool, self.told = ThreadPoolExecutor(self.CONCURRENCY), set()
+        self.silent, self.muted, self.away = 0, 0.0, None  # time-outs in a row; not asked until; away since
         try:
             served = [entry["id"] for entry in self.request("/models")["data"]]
             if not served:
@@ -1780,11 +1785,6 @@ class RemoteScorer:
 
     def __call__(self, images, prompts, sources):
         pictures = [[*before, image] for before, image in zip(sources, images)]
-        if self.silent >= self.SILENT:  # is it there again?
-            try:
-                self.request("/models")
-            except Exception as error:
-                return [error] * len(images)
         answers = [*self.pool.map(self.ask, prompts, pictures)]
         masses = [mass for _, mass in answers if mass is not None]
         self.mass = sum(masses) / len(masses) if masses else None
@@ -1793,9 +1793,8 @@ class RemoteScorer:
     def ask(self, prompt, pictures):
         """(score or exception, probability mass on the scores or None) of one picture."""
         try:
-            if self.silent >= self.SILENT:
-                raise TimeoutError(f"not asked, as {self.url} let {self.silent} requests in a row wait "
-                                   f"{self.TIMEOUT} s")
+            if time.monotonic() < self.muted:
+                raise TimeoutError(f"not asked, as {self.url} let {self.silent} requests in a row wait")
             content = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
             content.append({"type": "text", "text": question(self.rubric, prompt, self.reasoning)})
             body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
@@ -1830,6 +1829,8 @@ class RemoteScorer:
                 faults.append(words)
             if fault == "silent":
                 self.silent += 1
+                if self.silent >= self.SILENT:  # what is queued, and the rest of the step, fails at once
+                    self.muted = time.monotonic() + self.AWAY
                 self.tell(f"{self.url} has not answered for {timeout} s")
             elif fault == "away":
                 self.away = self.away or time.monotonic()  # since when; it is waited for once, whoever asks
@@ -2642,10 +2643,14 @@ def is_first(message):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A script's flags, its docstring the help; a wrong one is a UserError."""
+    """A script's flags between the two halves of its docstring, the second of which says where it differs
+    from the paper. A wrong flag is a UserError.
+    """
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        about, line, differences = doc.partition("Differs from the paper:")
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=about, epilog=line + differences, formatter_class=form)
 
     def error(self, message):
         raise UserError(f"{message} (--help explains all flags)")
@@ -2755,7 +2760,7 @@ def stop_gently(rank):
         if times[-1] - times[0] > 2:
             os._exit(130)
         if not STOP.is_set() and rank == 0:
-            print("\nstopping: this step is finished and saved (once more: at once)", file=sys.stderr)
+            print("\nstopping as soon as the run can be saved (once more: at once)", file=sys.stderr)
         STOP.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -39,14 +39,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, VLMScorer,
+    FAILED, RUBRICS, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, VLMScorer,
     all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks,
     compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix, directory_name,
     encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
-    image_generator, image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
-    new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
-    rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
+    image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
+    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
+    new_transformer, noise_stream, open_run, own_rows, park, parse_run, plan_memory, prompt_ids,
+    prompts_per_step, rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
     sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
     stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
 import torch
@@ -80,7 +80,8 @@ def parse_args(argv=None):
     add("--seed", type=bounded(int, 0, 10**12), default=0,
         help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
-        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0 for none (default: %(default)s)")
+        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0: when stopped only (default: "
+             "%(default)s)")
     add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
         help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
@@ -88,9 +89,10 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", nargs="+", default=[], metavar="R",
-        help="NAME (MODEL/rewards/NAME, else the text encoder judges zero-shot), NAME=SOURCE with a VLM "
-             "(directory or hub id), the URL of an OpenAI-compatible endpoint or file.py:function, each "
-             "weighing 1/K; or one JSON file with weights per category (see README)")
+        help=f"NAME of {', '.join(RUBRICS)} or identity (the VLM in MODEL/rewards/NAME, else the text "
+             "encoder judges zero-shot); NAME=SOURCE with a VLM (directory or hub id), the URL of an "
+             "OpenAI-compatible endpoint or file.py:function, each weighing 1/K; or one JSON file with "
+             "weights per category (see README)")
     add("--max-reward-failures", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
         help="stop, before the update, where more of a step's scores failed (default: %(default)s)")
     add("--judge", nargs="+", default=[], metavar="R",
@@ -136,8 +138,8 @@ def parse_args(argv=None):
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
-        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked "
-             "memory captures give up)")
+        help="replay the sampler step as a CUDA graph (default: on a GPU, but not with --offload, whose "
+             "page-locked memory a capture would free)")
     add("--compile", action="store_true",
         help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     add("--cudnn", action="store_true",
@@ -163,11 +165,13 @@ def trained_steps(spec, total):
         return list(range(half if spec == "half" else total))
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
-    if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
-                        "half; all; or a list as 0,2")
-    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1))
-                                                   for i in range(steps[0])]
+    if len(steps) == len(words) and "," in spec and max(steps) < total:
+        return sorted(set(steps))
+    if len(steps) == len(words) and "," not in spec and 1 <= steps[0] <= half:
+        apart = (half - 1) / max(1, steps[0] - 1)
+        return [round(i * apart) for i in range(steps[0])]
+    raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
+                    "half; all; or a list as 0,2")
 
 
 # ---- 3. rewards and advantage (same in grpo, nft) ----------------------------------------------------------
@@ -190,7 +194,7 @@ class StepScores:
         self.pending, self.arrived, self.seconds = [], [], 0.0
 
     def ask(self, pools, images, requests):
-        """Have the next images of the rollout scored in the background, a thread for each reward."""
+        """Have the next images of the rollout scored in the background."""
         futures = [pool.submit(reward, images, requests) for pool, reward in zip(pools, self.rewards)]
         self.pending.append((len(images), futures))
 
@@ -213,7 +217,7 @@ class StepScores:
             self.arrived += zip(*answers)
         self.seconds += time.perf_counter() - began
 
-    def group(self, p):
+    def advantage_of(self, p):
         """A (G,) of group p, once its own scores are there."""
         first, last = p * self.group_size, (p + 1) * self.group_size
         self.wait_for(last)
@@ -228,10 +232,11 @@ class StepScores:
         self.reasons = Counter(why for row in self.arrived for _, why in row if why)
         parts = all_gather_list([(self.reasons, (self.weights > 0).sum().item() * self.group_size)])
         reasons, asked = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
-        if reasons.total() <= limit * asked:
-            return LEFT_OUT in reasons, None
-        table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-        trouble = f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:{table}"
+        trouble = None
+        if reasons.total() > limit * asked:
+            table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
+            trouble = (f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:"
+                       f"{table}")
         return LEFT_OUT in reasons, trouble
 
 
@@ -337,7 +342,7 @@ def apply_update(policy, optimizer, loss, grad_clip):
 
 
 def main(argv=None):
-  # ---- 6. setup (same in grpo, nft) ------------------------------------------------------------------------
+    # ---- 6. setup (same in grpo, nft) ----------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
@@ -353,7 +358,7 @@ def main(argv=None):
     trained = trained_steps(args.train_timesteps, T)
     branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
 
-  # ---- 7. data (same in grpo, nft) -------------------------------------------------------------------------
+    # ---- 7. data (same in grpo, nft) -----------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
@@ -368,7 +373,7 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-  # ---- 8. schedule, memory, models -------------------------------------------------------------------------
+    # ---- 8. schedule, memory, models -----------------------------------------------------------------------
     load_vlms(rewards + judges, device)
     sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
     adv_max = max(1, G - 1) ** 0.5 if args.adv_max is None else args.adv_max
@@ -378,32 +383,33 @@ def main(argv=None):
     # sum over rows -> mean over the update; FSDP averages over ranks
     scale = world / (P * G * args.draws / U)
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    pair = longest_prefix(encoded, 1 + (cfg != 1))
+    longest = longest_prefix(encoded, 1 + (cfg != 1))
     checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    share = sum(param.numel() for param in policy.parameters()) // world  # of the weights, a rank's own rows
+    own_size = sum(param.numel() for param in policy.parameters()) // world  # parameters, a rank's own rows
     memory = plan_memory(config, vae.config, device, Job(
-        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, branches),
+        tokens=tokens, batch=batch, rows=micro_batch, pair=longest, prefix=longest_prefix(encoded, branches),
         kept=4 * state_floats * args.draws * (3 + bool(args.kl_coef)),
         encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards),
         table=vlm_bytes(rewards + judges),
-        parked=(4 + dtype.itemsize * bool(args.kl_coef)) * share,
+        parked=(4 + dtype.itemsize * bool(args.kl_coef)) * own_size,
         offload=args.offload, checkpointing=checkpointing))
 
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the old policy, then the
-    # reference
+    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy (grids), the
+    # old policy (rollout, v_old), then the base (v_ref); for the final table into base and policy
     slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(slot, policy)
     policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
     policy.checkpointing = checkpointing
-    reference = park(own_rows(policy), dtype) if args.kl_coef else []
+    reference = park(own_rows(policy), dtype) if args.kl_coef else []  # before a checkpoint: the base
     # eps is small because gradients are: the loss is a mean over dimensions
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0,
                                   fused=True)
     old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
+    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, longest,
+                      args.cudnn)
     pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
     pools, peak = reward_threads(rewards, device), matmul_peak(device)
     create_shared(run / "samples")
@@ -415,7 +421,7 @@ def main(argv=None):
               f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
         describe_rewards(rewards)
 
-  # ---- 9. the parts of a step ------------------------------------------------------------------------------
+    # ---- 9. the parts of a step ----------------------------------------------------------------------------
     def rows(states, group, micro):
         """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
         d, g = map(list, zip(*micro))
@@ -437,7 +443,7 @@ def main(argv=None):
         """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G,
         1, 1).
         """
-        generators = [image_generator(args.seed, f"noise {step}", i, g) for g in range(G)]
+        generators = [noise_stream(args.seed, f"noise {step}", i, g) for g in range(G)]
         # (D, G)
         drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T
         eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators],
@@ -454,7 +460,7 @@ def main(argv=None):
         for group, i in enumerate(ids):
             prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
             for m, micro in enumerate(micro_batches):
-                x, _, t_rows, *_ = rows(states, group, micro)
+                x, _, t_rows = rows(states, group, micro)[:3]
                 velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
         return velocities
 
@@ -491,7 +497,7 @@ def main(argv=None):
             raise UserError(f"step {step}: {trouble}\n{resume_command(args, f'--name {run.name}')}")
         stopped(args, step, f"--name {run.name}")
 
-  # ---- 10. train -------------------------------------------------------------------------------------------
+    # ---- 10. train -----------------------------------------------------------------------------------------
     def train():
         """All steps; True if they were done, and the run not left before."""
         log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
@@ -531,12 +537,14 @@ def main(argv=None):
             # updates, each on its own groups
             updates, groups = [], len(ids) // U
             for update in range(U):
+                # with room, weights stay gathered and gradients are reduced once, at the update's end
                 keep_gathered(policy, memory.gathered, memory.once)
                 sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device),
                                        shifts=[])
                 own = range(update * groups, (update + 1) * groups)
                 for group in own:
-                    train_group(group, encoded[ids[group]][:branches], states, scores.group(group), v_old,
+                    train_group(group, encoded[ids[group]][:branches], states, scores.advantage_of(group),
+                                v_old,
                                 v_ref, sums)
                 if memory.once:
                     reduce_gradients(policy)
@@ -579,10 +587,8 @@ def main(argv=None):
                 line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
             if record["constant_groups"] == 1 and rank == 0:
-                tqdm.write(f"step {step}: in every group the scores are all equal or missing, so nothing was "
-                           "learnt from it")
-            ending = any(part["stop"] for part in parts)
-            if ending:
+                tqdm.write(f"step {step}: no group has a preference, its scores are all equal or missing")
+            if any(part["stop"] for part in parts):
                 return leave(step + 1)
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
@@ -598,7 +604,7 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-  # ---- 11. the final table (same in grpo, nft) -------------------------------------------------------------
+    # ---- 11. the final table (same in grpo, nft) -----------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:

@@ -72,7 +72,8 @@ def parse_args(argv=None):
     add("--seed", type=bounded(int, 0, 10**12), default=0,
         help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
-        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0 for none (default: %(default)s)")
+        help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0: when stopped only (default: "
+             "%(default)s)")
     add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
         help="between image grids, 0 for none (default: %(default)s)")
     add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
@@ -113,8 +114,8 @@ def parse_args(argv=None):
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass (default: on a GPU)")
     add("--graph", action=argparse.BooleanOptionalAction,
-        help="replay the sampler step as a CUDA graph (default: on a GPU without --offload, whose locked "
-             "memory captures give up)")
+        help="replay the sampler step as a CUDA graph (default: on a GPU, but not with --offload, whose "
+             "page-locked memory a capture would free)")
     add("--compile", action="store_true",
         help="fuse the elementwise work of the blocks, in rollout and training (default: do not)")
     add("--cudnn", action="store_true",
@@ -140,11 +141,13 @@ def trained_steps(spec, total):
         return list(range(half if spec == "half" else total))
     words = spec.rstrip(",").split(",")
     steps = [int(word) for word in words if word.strip().isdecimal()]
-    if len(steps) < len(words) or not (max(steps) < total if "," in spec else 1 <= steps[0] <= half):
-        raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
-                        "half; all; or a list as 0,2")
-    return sorted(set(steps)) if "," in spec else [round(i * (half - 1) / max(1, steps[0] - 1))
-                                                   for i in range(steps[0])]
+    if len(steps) == len(words) and "," in spec and max(steps) < total:
+        return sorted(set(steps))
+    if len(steps) == len(words) and "," not in spec and 1 <= steps[0] <= half:
+        apart = (half - 1) / max(1, steps[0] - 1)
+        return [round(i * apart) for i in range(steps[0])]
+    raise UserError(f"--train-timesteps {spec}: want 1 to {half}, half of the {total} sampler steps; "
+                    "half; all; or a list as 0,2")
 
 
 # ---- 3. teachers -------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def apply_update(policy, optimizer, loss, grad_clip):
 
 
 def main(argv=None):
-  # ---- 6. setup --------------------------------------------------------------------------------------------
+    # ---- 6. setup ------------------------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, dtype = device.type == "cuda", compute_dtype(device)
@@ -229,7 +232,7 @@ def main(argv=None):
     G, U = args.group_size, args.updates_per_rollout
     trained = trained_steps(args.train_timesteps, T)
 
-  # ---- 7. data ---------------------------------------------------------------------------------------------
+    # ---- 7. data -------------------------------------------------------------------------------------------
     requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
     P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
     shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
@@ -244,7 +247,7 @@ def main(argv=None):
     vae = load_vae(root, device, dtype)
     encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-  # ---- 8. rewards, memory, models --------------------------------------------------------------------------
+    # ---- 8. rewards, memory, models ------------------------------------------------------------------------
     load_vlms(judges, device)
     # sum over rows -> mean over the update; FSDP averages over ranks
     scale = world / (P * G * len(trained) / U)
@@ -253,14 +256,14 @@ def main(argv=None):
     pairs = [(k, g) for k in trained for g in range(G)]
     micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
     state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    pair = longest_prefix(encoded, 2)
+    longest = longest_prefix(encoded, 2)
     checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    share = sum(param.numel() for param in policy.parameters()) // world  # of the weights, a rank's own rows
+    own_size = sum(param.numel() for param in policy.parameters()) // world  # parameters, a rank's own rows
     memory = plan_memory(config, vae.config, device, Job(
-        tokens=tokens, batch=batch, rows=micro_batch, pair=pair, prefix=longest_prefix(encoded, 1),
+        tokens=tokens, batch=batch, rows=micro_batch, pair=longest, prefix=longest_prefix(encoded, 1),
         kept=8 * state_floats * len(trained),
         encoder=weight_bytes(root / "text_encoder"), table=vlm_bytes(judges),
-        parked=len(roots) * dtype.itemsize * share,
+        parked=len(roots) * dtype.itemsize * own_size,
         offload=args.offload, checkpointing=checkpointing))
 
     # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling,
@@ -283,7 +286,8 @@ def main(argv=None):
                                   fused=True)
     start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
     optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, pair, args.cudnn)
+    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, longest,
+                      args.cudnn)
     pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
     peak = matmul_peak(device)
     create_shared(run / "samples")
@@ -296,7 +300,7 @@ def main(argv=None):
             print(f"teacher {task}: guidance {teacher.cfg:g} "
                   f"({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')}); {roots[task]}")
 
-  # ---- 9. the parts of a step ------------------------------------------------------------------------------
+    # ---- 9. the parts of a step ----------------------------------------------------------------------------
     def rows(states, group, micro):
         """x (B, N, C) and t (B,) of a micro-batch."""
         return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
@@ -341,7 +345,7 @@ def main(argv=None):
             save_checkpoint(run / "checkpoint", step, policy, optimizer)
         stopped(args, step, f"--name {run.name}")
 
-  # ---- 10. train -------------------------------------------------------------------------------------------
+    # ---- 10. train -----------------------------------------------------------------------------------------
     def train():
         """All steps; True if they were done, and the run not left before."""
         log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
@@ -376,6 +380,7 @@ def main(argv=None):
             # updates, each on its own groups
             errors, losses, norms, skipped, groups = [], [], [], 0, len(ids) // U
             for update in range(U):
+                # with room, weights stay gathered and gradients are reduced once, at the update's end
                 keep_gathered(policy, memory.gathered, memory.once)
                 sums = SimpleNamespace(loss=torch.zeros((), device=device), errors=errors)
                 for group in range(update * groups, (update + 1) * groups):
@@ -423,8 +428,7 @@ def main(argv=None):
                            "step")
                 bar.set_postfix({task: f"{sum(error) / len(error):.4f}"
                                  for task, error in by_task.items() if error})
-            ending = any(part["stop"] for part in parts)
-            if ending:
+            if any(part["stop"] for part in parts):
                 return leave(step + 1)
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
@@ -441,7 +445,7 @@ def main(argv=None):
     again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
     stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-  # ---- 11. the final table ---------------------------------------------------------------------------------
+    # ---- 11. the final table -------------------------------------------------------------------------------
     optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:

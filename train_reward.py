@@ -361,7 +361,7 @@ def open_part(args, out, rank):
 
 
 def main(argv=None):
-  # ---- 5. setup --------------------------------------------------------------------------------------------
+    # ---- 5. setup ------------------------------------------------------------------------------------------
     args = parse_args(argv)
     rank, world, device = setup()
     cuda, out = device.type == "cuda", Path(args.out)
@@ -375,7 +375,7 @@ def main(argv=None):
     if args.batch % world:
         raise UserError(f"--batch {args.batch} is not a multiple of {world} ranks")
 
-  # ---- 6. data ---------------------------------------------------------------------------------------------
+    # ---- 6. data -------------------------------------------------------------------------------------------
     train, note = load_data(args.data, args.reward)
     held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
     size = {"pointwise": 1, "pairwise": 2}[args.objective]
@@ -396,7 +396,7 @@ def main(argv=None):
                   for row in train)
     card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
 
-  # ---- 7. model --------------------------------------------------------------------------------------------
+    # ---- 7. model ------------------------------------------------------------------------------------------
     part = open_part(args, out, rank)
     mesh = init_device_mesh(device.type, (world,))
     with one_rank_at_a_time():  # it holds all of the VLM until it is sharded
@@ -427,7 +427,7 @@ def main(argv=None):
               f"{'scored pictures' if size == 1 else 'pairs'}{note}, {args.steps} steps of "
               f"{args.batch}{', with reasoning' if longest else ''}; {place}")
 
-  # ---- 8. train --------------------------------------------------------------------------------------------
+    # ---- 8. train ------------------------------------------------------------------------------------------
     stop_gently(rank)
     bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0,
                         dynamic_ncols=True), None
@@ -478,7 +478,7 @@ def main(argv=None):
               f"{6 * count * read / seconds / matmul_peak(device):.1%} (6 FLOPs per trained parameter and "
               "token)")
 
-  # ---- 9. done ---------------------------------------------------------------------------------------------
+    # ---- 9. done -------------------------------------------------------------------------------------------
     again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
     stop_at_once(rank, f"trained, but not evaluated{again}")
     weights = full_weights(vlm)

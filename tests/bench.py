@@ -96,7 +96,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
         samplers[kind] = model.Sampler(network.requires_grad_(False), graphs=False)
     model.compile_blocks(network)
     pipeline = load_pipeline(TINY / "model")
-    noise = torch.stack([torch.randn(grid[0] * grid[1], 16, generator=model.image_generator(0, *key))
+    noise = torch.stack([torch.randn(grid[0] * grid[1], 16, generator=model.noise_stream(0, *key))
                          for key in images])
     embeds, mask = pipeline.encode_prompt([requests[i].prompt for i in chosen], num_images_per_prompt=1)[:2]
     empty, empty_mask = pipeline.encode_prompt([" "] * prompts, num_images_per_prompt=1)[:2]
@@ -109,7 +109,7 @@ def bench_sampler(rounds=5, prompts=8, group=8, steps=40, cfg=4.0):
                         sigmas=np.linspace(1, 1 / steps, steps).tolist(), output_type=output_type).images
 
     def ours(kind):
-        generators = [model.image_generator(0, *key) for key in images]
+        generators = [model.noise_stream(0, *key) for key in images]
         return samplers[kind]([encoded[i] for _, i, _ in images], generators, grid, t, torch.zeros(steps),
                               cfg)[0]
 
@@ -200,7 +200,7 @@ def bench_growth(rounds=3):
     def sample(sizes):
         grid, t, _ = model.sampling_settings(root, (sizes["side"],) * 2, sizes["steps"])
         images = [(0, i, g) for i in range(sizes["prompts"]) for g in range(sizes["group size"])]
-        sampler([encoded[i] for _, i, _ in images], [model.image_generator(0, *key) for key in images], grid,
+        sampler([encoded[i] for _, i, _ in images], [model.noise_stream(0, *key) for key in images], grid,
                 t,
                 torch.zeros(len(t) - 1), 2.0)
 

@@ -134,7 +134,7 @@ def denoise(network, peak, kinds, rounds=2, steps=4, length=128):
         images = {}
 
         def sample(kind):
-            generators = [model.image_generator(0, 0, 0, g) for g in range(batch)]
+            generators = [model.noise_stream(0, 0, 0, g) for g in range(batch)]
             images[kind] = samplers[kind]([pair] * batch, generators, grid, t, torch.zeros(steps), 4.0)[0]
 
         for kind in list(samplers):

@@ -21,7 +21,7 @@ def sample(sampler, length, cfg=2.0):
     pair = tuple(model.Prompt(torch.randn(n, width, generator=generator), [False] * n, [])
                  for n in (length, 3))
     grid, t, _ = model.sampling_settings(TINY, (64, 64), 6)
-    generators = [model.image_generator(0, 0, 0, g) for g in range(3)]
+    generators = [model.noise_stream(0, 0, 0, g) for g in range(3)]
     return sampler([pair] * 3, generators, grid, t, model.noise_levels(t, [0, 2], 0.7), cfg)[0]
 
 

@@ -168,7 +168,7 @@ def our_picture(root, request, cfg):
 
 
 def their_picture(pipeline, request, cfg):
-    latents = torch.randn(1, 16, 16, generator=model.image_generator(0, 0, 0, 0))
+    latents = torch.randn(1, 16, 16, generator=model.noise_stream(0, 0, 0, 0))
     return pipeline(request.prompt, image=request.images() or None, negative_prompt=" " if cfg != 1 else None,
                     true_cfg_scale=cfg, latents=latents, height=64, width=64, output_resolution=64,
                     output_type="pt").images[0]

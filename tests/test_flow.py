@@ -196,16 +196,16 @@ def test_noise_levels():
 
 
 def draws(key, count=2):
-    generator = model.image_generator(*key)
+    generator = model.noise_stream(*key)
     return [torch.randn(TOKENS, 4, generator=generator) for _ in range(count)]
 
 
-def test_image_generator_depends_on_its_key_only():
+def test_noise_stream_depends_on_its_key_only():
     keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 0, 2, 3), (0, 1, 3, 3), (0, 1, 2, 0), (0, 12, 3, 3),
             (0, 1, 23, 3)]
     first = {key: draws(key) for key in keys}
     torch.manual_seed(5)
-    generators = {key: model.image_generator(*key) for key in reversed(keys)}
+    generators = {key: model.noise_stream(*key) for key in reversed(keys)}
     for number in range(2):  # the images take turns
         for key, generator in generators.items():
             assert torch.equal(torch.randn(TOKENS, 4, generator=generator), first[key][number])
@@ -226,7 +226,7 @@ WITH_SOURCES = pytest.mark.parametrize("layout", [(), ([2], [(4, 2)])], ids=["te
 
 
 def generators(count):
-    return [model.image_generator(0, 1, 2, image) for image in range(count)]
+    return [model.noise_stream(0, 1, 2, image) for image in range(count)]
 
 
 SCHEDULE = model.timesteps(SCHEDULER, TOKENS, 6)

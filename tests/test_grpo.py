@@ -135,7 +135,7 @@ def test_hybrid_gradient_on_the_tiny_model():
     pair = tuple(model.Prompt(torch.randn(n, network.config["context_in_dim"], generator=generator),
                               [False] * n, []) for n in (7, 3))
     grid, t, _ = model.sampling_settings(root, (64, 64), 6)
-    sigma, generators = model.noise_levels(t, steps, 0.7), [model.image_generator(0, 0, 0, g)
+    sigma, generators = model.noise_levels(t, steps, 0.7), [model.noise_stream(0, 0, 0, g)
                                                             for g in range(4)]
     _, states = model.Sampler(network, graphs=False)([pair] * 4, generators, grid, t, sigma, w, [0, 1, 2, 3])
     advantage, gradients = torch.tensor([1.0, -0.5, 0.25, -0.75]), []

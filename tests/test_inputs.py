@@ -148,7 +148,7 @@ CASES = [
     grpo("--name done", "runs/done exists; continue it with --resume, or choose another --name"),
     grpo("--nmae x", "--nmae"),
     grpo("--prompts gone.txt", "there is no file gone.txt"),
-    grpo("--prompts prompts.csv", "prompts.csv: want a prompt file in JSON Lines"),
+    grpo("--prompts prompts.csv", "prompts.csv: want a prompt file: JSON Lines"),
     grpo("--prompts latin.jsonl", "latin.jsonl:2: not UTF-8"),
     grpo("--prompts empty.jsonl", "empty.jsonl holds no prompts"),
     grpo("--prompts typo.jsonl", 'typo.jsonl:2: unknown key "sorce"; is "source" meant?'),

@@ -78,7 +78,7 @@ def test_pictures_agree_to_1e_4_across_batch_shapes_and_noise_to_the_bit():
     images, pictures = [(0, i, g) for i in (0, 1) for g in range(3)], []
     for batch in (1, 2, 6):
         x = torch.cat([model.Sampler(flow, False)([encoded[i] for _, i, _ in chunk],
-                                                  [model.image_generator(0, *key) for key in chunk],
+                                                  [model.noise_stream(0, *key) for key in chunk],
                                                   grid, t, torch.zeros(len(t) - 1), cfg, keep={0})[1][0][0]
                        for chunk in (images[k:k + batch] for k in range(0, 6, batch))])
         parts = model.generate(model.Sampler(flow, False), vae, encoded, images, grid, t,
