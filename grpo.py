@@ -6,7 +6,8 @@ group and add them up (Eq. 4, 13); then raise the likelihood of the steps that l
 around the sampling policy (Eq. 6).
 
     python grpo.py --reward aesthetic                                    # tiny model, CPU, under 10 minutes
-    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
+    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment \\
+        --prompts train.jsonl --eval-prompts heldout.jsonl
 
 The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in
 runs/NAME/.

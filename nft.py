@@ -6,7 +6,8 @@ interpolation between old and new velocity to the good ones, and its mirror imag
 with a velocity KL to the base (Eq. 9). No likelihood, no SDE.
 
     python nft.py --reward aesthetic                                     # tiny model, CPU, about 4 minutes
-    torchrun --nproc_per_node=8 nft.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment
+    torchrun --nproc_per_node=8 nft.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment \\
+        --prompts train.jsonl --eval-prompts heldout.jsonl
 
 The run ends with a table: held-out prompts, same seeds, before and after. Everything it leaves is in
 runs/NAME/.

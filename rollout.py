@@ -1,18 +1,16 @@
 """Draw groups of images, score them, and work with the scores: curation, calibration, comparison (Sec. 4.2,
 5).
 
-    python rollout.py "a red circle above a blue square on a white background"      # look at what a
-    checkpoint draws python rollout.py --prompts prompts.jsonl --reward aesthetic alignment --name base
+    python rollout.py "a red circle above a blue square"          # look at what a checkpoint draws
+    python rollout.py --prompts prompts.jsonl --reward aesthetic alignment --name base
 
 Images and scores go to rollouts/NAME/ as they are made, a labelled grid at the end; the same command
 continues an interrupted job and tries scores that failed again. Everything else is a function of
 rollouts.jsonl, one line an image, and draws nothing:
 
-    python rollout.py --curate rollouts/base --min-range 0.2 --out curated.jsonl     # prompts whose images
-    differ (Sec. 4.2)
-    python rollout.py --calibrate rollouts/base                                      # before choosing reward
-    weights
-    python rollout.py --compare base=rollouts/base rl=rollouts/rl --out compared     # Table 1 and Fig. 4
+    python rollout.py --curate rollouts/base --out curated.jsonl  # prompts whose images differ (Sec. 4.2)
+    python rollout.py --calibrate rollouts/base                   # before choosing reward weights
+    python rollout.py --compare base=rollouts/base rl=rollouts/rl # Table 1 and Fig. 4
 
 An image depends on model, sampler, prompt and its place in the file (edits come last), seed and number alone.
 For one --rollout-batch that holds bit for bit on a CPU, for any number of images and ranks: a batch holds one

@@ -7,17 +7,15 @@ preferences (Eq. 10). The result is an ordinary Hugging Face directory, for `vll
 NAME=DIRECTORY`, with rubric and answer form in reward.json.
 
     python train_reward.py --reward aesthetic --data scores.jsonl --out rewards/aesthetic
-    torchrun --nproc_per_node=8 train_reward.py --reward alignment --base Qwen/Qwen3-VL-8B-Instruct --lr 2e-6
-    --data ...
+    torchrun --nproc_per_node=8 train_reward.py --base Qwen/Qwen3-VL-8B-Instruct --lr 2e-6 --reward ...
 
 Data: JSON Lines, paths relative to the file.
   pointwise  {"prompt", "image", "score", "reasoning"?, "source"?, "reward"?}: score is 1 to 5, fractions
-  allowed, or an object
-             of dimensions (quality, fidelity, ...), of which the mean is taken; source is one path or
-             several, and makes the line a triplet of source, instruction (the prompt) and output.
+             allowed, or an object of dimensions (quality, fidelity, ...), of which the mean is taken; source
+             is one path or several, and makes the line a triplet of source, instruction (the prompt) and
+             output.
   pairwise   {"prompt", "chosen", "rejected", "source"?, "attributes"?: {"valid", "text_distortion",
-             "figure_distortion"}}: a
-             pair with "valid": false is dropped.
+             "figure_distortion"}}: a pair with "valid": false is dropped.
 "reward" asks under another rubric than --reward; so one VLM can serve several rewards. Either kind can be
 --eval-data.
 

@@ -1,18 +1,14 @@
 """Measurements that are too slow or too noisy to be tests. Each prints one table.
 
-    python tests/bench.py sampler      # our denoise loop against diffusers' pipeline on the same weights,
-    noise and prompts
-    python tests/bench.py prefix       # an edit update with the shared prefix against recomputing it for
-    every row
-    python tests/bench.py growth       # what a step costs by group size, prompts, sampler steps and tokens
-    python tests/bench.py rewards      # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
-    python tests/bench.py judges       # what computing in bf16 does to the tiny scorers
-    python tests/bench.py servers      # a run whose remote reward hangs, dies, restarts, is slow or refuses:
-    what it says, and when: 12 minutes
-    python tests/bench.py gradient     # what each trained step adds to GRPO's gradient
-    python tests/bench.py noise        # what its stochastic steps cost the pictures of a rollout
-    python tests/bench.py plan --gpus 8 --gib 79 --tflops 700 --size 1024      # least time and memory of an
-    iteration, on paper
+    python tests/bench.py sampler    # our denoise loop against diffusers' pipeline, same weights and noise
+    python tests/bench.py prefix     # an edit update with the shared prefix against one for every row
+    python tests/bench.py growth     # what a step costs by group size, prompts, sampler steps and tokens
+    python tests/bench.py rewards    # what slow rewards cost a GRPO step: Sec. 4.1's asynchronous pipeline
+    python tests/bench.py judges     # what computing in bf16 does to the tiny scorers
+    python tests/bench.py servers    # a run whose remote reward fails in five ways: 10 minutes
+    python tests/bench.py gradient   # what each trained step adds to GRPO's gradient
+    python tests/bench.py noise      # what its stochastic steps cost the pictures of a rollout
+    python tests/bench.py plan --gpus 8 --gib 79 --size 1024    # time and memory of an iteration, on paper
 
 What is compared runs interleaved in one process; tables give medians.
 """

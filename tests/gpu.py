@@ -1,8 +1,7 @@
 """Everything that only a GPU can show, in ten minutes and one command. Each part runs in a process of its
 own, bounded in time, so that a failure leaves the others.
 
-    python tests/gpu.py                     # on a GPU: the 7B shape with random weights; on a CPU: small
-    shapes, to see that it works
+    python tests/gpu.py                     # on a GPU: the 7B shape; on a CPU: small shapes, to see it work
     python tests/gpu.py denoise iteration   # some of the parts
 
   machine     card, versions, speed of a matrix product

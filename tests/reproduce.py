@@ -1,17 +1,13 @@
 """Make the README's numbers and pictures; every part prints its table and writes its pictures, if it has any,
 into assets/.
 
-    python tests/reproduce.py first          # the first command in three seeds: 20 minutes
-    python tests/reproduce.py paradigms      # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30
-    minutes
-    python tests/reproduce.py curation       # Sec. 4.2: curated against uncurated prompts: an hour
-    python tests/reproduce.py nft            # DiffusionNFT on one reward, on several, on edits: 45 minutes
-    python tests/reproduce.py opd            # Sec. 4.3: teachers, Mix-RL and the distilled student on both
-    tasks: an hour
-    python tests/reproduce.py objective      # Eq. 6: weights and number of the trained steps, noise, KL: two
-    hours
-    python tests/reproduce.py strategies     # Sec. 4.1, 4.2, Fig. 3: CFG strategies and trained timesteps,
-    GRPO and NFT: an hour
+    python tests/reproduce.py first        # the first command in three seeds: 20 minutes
+    python tests/reproduce.py paradigms    # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
+    python tests/reproduce.py curation     # Sec. 4.2: curated against uncurated prompts: an hour
+    python tests/reproduce.py nft          # DiffusionNFT on one reward, on several, on edits: 45 minutes
+    python tests/reproduce.py opd          # Sec. 4.3: teachers, Mix-RL, the distilled student: an hour
+    python tests/reproduce.py objective    # Eq. 6: weights and number of steps, noise, KL: two hours
+    python tests/reproduce.py strategies   # Sec. 4.1, 4.2, Fig. 3: CFG strategies, timesteps: an hour
 
 Trainings of strategies, objective, opd and the several rewards of nft run side by side, one for every core.
 """
