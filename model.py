@@ -2334,8 +2334,8 @@ class Mode(NamedTuple):
     judges_stay: bool = True
 
 
+# the fastest first
 MODES = [Mode(), Mode(judges_stay=False), Mode(once=False), Mode(once=False, judges_stay=False),
-         # the fastest first
          Mode(gathered=False, once=False), Mode(gathered=False, once=False, judges_stay=False)]
 
 
