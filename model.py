@@ -601,7 +601,9 @@ CUT = "\ue000"  # a private character: where `Processor` tokenizes what stands b
 
 
 def as_text(text):
-    """A user's text in which control tokens such as <|im_end|> are words like others."""
+    """A user's text in which control tokens such as <|im_end|> are words like others. (`Processor` takes the
+    character out again; a server behind `RemoteScorer` sees it.)
+    """
     return re.sub(r"<(?=\|\w+\|>)", "<" + CUT, text)
 
 

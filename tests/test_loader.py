@@ -255,6 +255,16 @@ def test_find_model_names_what_is_not_there(root, monkeypatch):
         model.find_model(root)
 
 
+def test_a_hub_repository_of_another_kind_is_refused_before_it_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    write_json(tmp_path / "model_index.json", {"_class_name": "FluxPipeline"})
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: pytest.fail("it is fetched"))
+    with pytest.raises(model.UserError, match="_class_name is 'FluxPipeline', expected 'QwenImage21Pipeline'"):
+        model.find_model("someone/flux")
+
+
 @pytest.mark.parametrize("key, value",
                          [("patch_size", 2), ("causal_condition", False), ("_class_name", "Flux")])
 def test_transformer_config_refuses(root, key, value):
