@@ -261,7 +261,7 @@ def test_a_hub_repository_of_another_kind_is_refused_before_it_is_fetched(tmp_pa
     write_json(tmp_path / "model_index.json", {"_class_name": "FluxPipeline"})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / file))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: pytest.fail("it is fetched"))
-    with pytest.raises(model.UserError, match="_class_name is 'FluxPipeline', expected 'QwenImage21Pipeline'"):
+    with pytest.raises(model.UserError, match="_class_name is .FluxPipeline., expected"):
         model.find_model("someone/flux")
 
 
