@@ -408,7 +408,7 @@ def objective_drawing(reward, kind, seed):
 
 
 def objective():
-    """grpo.py's default against other objectives on the VLM's aesthetic reward and on the oracle's strict one;
+    """grpo.py's default against other objectives on the VLM's aesthetic reward and the oracle's strict one;
     held-out prompts drawn by the ODE.
     """
     kinds = [(reward, kind) for reward, several in OBJECTIVES.items() for kind in several]
