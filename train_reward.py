@@ -426,61 +426,75 @@ def main(argv=None):
               f"{args.batch}{', with reasoning' if longest else ''}; {place}")
 
     # ---- 8. train ------------------------------------------------------------------------------------------
+    def learn(examples, last):
+        """Add the gradients of a micro-batch, the `last` of its step or not: its loss, and tokens read."""
+        inputs, labels, place, y = collate(processor, rubrics, examples, device)
+        logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits     # (B, T + 1, V)
+        logits = logits[:, :-1]                                                                # (B, T, V)
+        score, _ = expected_score(logits[:, -place], tokens)                                   # (B,)  Eq. 12
+        if args.objective == "pointwise":
+            loss = pointwise_loss(score, y)
+        else:
+            loss = pairwise_loss(score, args.margin_scale)
+        form = args.mass_coef * mass_loss(logits[:, -place], tokens)
+        form = form + args.answer_coef * answer_loss(logits, labels)
+        loss = loss + form / size
+        if last:  # every backward pass reaches the same parameters
+            vlm.set_requires_gradient_sync(True)
+        (loss * world / args.batch).backward()  # FSDP averages over ranks
+        return loss.item(), inputs["input_ids"].numel()
+
+    def take_steps():
+        """All steps; True if they were done, and the run not left before."""
+        running, rated, read, began = None, 0, 0, time.perf_counter()
+        bar = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0,
+                   dynamic_ncols=True)
+        for step in bar:
+            numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
+            total = 0.0
+            if args.offload:
+                # or every micro-batch would move everything to the GPU and back
+                keep_gathered(vlm, True, True)
+            for first in range(0, len(numbers), micro_batch):
+                examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
+                loss, count_read = learn(examples, first + micro_batch >= len(numbers))
+                total += loss / args.batch
+                rated, read = rated + len(examples), read + count_read
+            parts = all_gather_list([(total, STOP.is_set())])
+            total, ending = sum(part[0] for part in parts), any(part[1] for part in parts)
+            release(vlm)
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
+            if not math.isfinite(total + norm):
+                raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start "
+                                "again with a lower --lr")
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            running = total if running is None else 0.95 * running + 0.05 * total
+            bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}",
+                            grad_rms=f"{norm / count**0.5:.1e}")
+            due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps)
+            if ending or due:
+                save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
+            if ending:
+                return stopped(args, step + 1, f"--out {args.out}")
+        if rank == 0 and rated:
+            seconds = time.perf_counter() - began
+            mfu = 6 * count * read / seconds / matmul_peak(device)
+            print(f"{world * rated / seconds:.1f} examples a second, MFU {mfu:.1%} (6 FLOPs per trained "
+                  "parameter and token)")
+        return True
+
     stop_gently(rank)
-    bar, running = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0,
-                        dynamic_ncols=True), None
-    rated, read, began = 0, 0, time.perf_counter()
-    for step in bar:
-        numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
-        total = 0.0
-        if args.offload:
-            keep_gathered(vlm, True, True)  # or every micro-batch would move everything to the GPU and back
-        for first in range(0, len(numbers), micro_batch):
-            examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
-            inputs, labels, place, y = collate(processor, rubrics, examples, device)
-            # (B, T, V)
-            logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-            score, _ = expected_score(logits[:, -place], tokens)                                # (B,)  Eq. 12
-            if args.objective == "pointwise":
-                loss = pointwise_loss(score, y)
-            else:
-                loss = pairwise_loss(score, args.margin_scale)
-            form = args.mass_coef * mass_loss(logits[:, -place], tokens)
-            form = form + args.answer_coef * answer_loss(logits, labels)
-            loss = loss + form / size
-            if first + micro_batch >= len(numbers):  # every backward pass reaches the same parameters
-                vlm.set_requires_gradient_sync(True)
-            (loss * world / args.batch).backward()  # FSDP averages over ranks
-            total += loss.item() / args.batch
-            rated, read = rated + len(examples), read + inputs["input_ids"].numel()
-        parts = all_gather_list([(total, STOP.is_set())])
-        total, ending = sum(part[0] for part in parts), any(part[1] for part in parts)
-        release(vlm)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
-        if not math.isfinite(total + norm):
-            raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start "
-                            "again with a lower --lr")
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        running = total if running is None else 0.95 * running + 0.05 * total
-        bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}", grad_rms=f"{norm / count**0.5:.1e}")
-        if ending or args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
-        if ending:
-            return stopped(args, step + 1, f"--out {args.out}")
-    if rank == 0 and rated:
-        seconds = time.perf_counter() - began
-        print(f"{world * rated / seconds:.1f} examples a second, MFU "
-              f"{6 * count * read / seconds / matmul_peak(device):.1%} (6 FLOPs per trained parameter and "
-              "token)")
+    if not take_steps():
+        return
 
     # ---- 9. done -------------------------------------------------------------------------------------------
     again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
     stop_at_once(rank, f"trained, but not evaluated{again}")
     weights = full_weights(vlm)
-    del vlm, optimizer, trained
+    vlm = optimizer = trained = None  # their memory is needed
     free_memory()
     if rank == 0:
         plain = load_vlm(base, "cpu", torch.bfloat16)
