@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library: what is not there is not looked for
+
 import model
 import torch
 import torch.distributed as dist

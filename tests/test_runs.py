@@ -2,6 +2,7 @@
 disks, updates that are not finite, the three CFG strategies, timestep selection, mixed tasks."""
 
 import json
+import math
 import random
 import re
 import resource
@@ -12,10 +13,10 @@ import time
 
 import pytest
 
+import grpo
 from model import UserError
 from runs import (
-    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log, run_script,
-    start_script)
+    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log, run_script)
 
 BOTH = pytest.mark.parametrize("script", ["grpo.py", "nft.py"])
 EVERY_STEP = ["--save-every", "1"]
@@ -35,15 +36,18 @@ def undisturbed(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("script, flags", [("grpo.py", []), ("nft.py", ["--offload"])])
+@pytest.mark.parametrize("script, flags", [pytest.param("grpo.py", [], marks=pytest.mark.slow),
+                                           ("nft.py", ["--offload"])])
 def test_resume_gives_the_same_bits(undisturbed, tmp_path, script, flags):
-    """Also where the first half of the run had its weights and moments in host memory."""
+    """Also where the first half of the run had its weights and moments in host memory. (For grpo.py Ctrl-C,
+    below, shows the same.)
+    """
     run_script(tmp_path, "--reward", ORACLE, "--steps", "2", *SMALL, *flags, script=script)
     log = run_script(tmp_path, "--reward", ORACLE, "--steps", "4", *SMALL, "--resume", script=script)
     whole = undisturbed(script)
     assert_same_bits(checkpoint(whole), checkpoint(tmp_path))
-    assert [line["step"] for line in log] == [0, 1, 2,
-                                              3] and log[-1]["reward"] == read_log(whole)[-1]["reward"]
+    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    assert log[-1]["reward"] == read_log(whole)[-1]["reward"]
 
 
 def test_checkpoints_resume_on_another_number_of_ranks(tmp_path):
@@ -92,7 +96,7 @@ def killed_and_resumed(folder, script, kills, seed, steps):
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp_path):
-    killed_and_resumed(tmp_path, "nft.py", 3, seed=0, steps=4)
+    killed_and_resumed(tmp_path, "nft.py", 1, seed=0, steps=4)
     assert_same_bits(checkpoint(undisturbed("nft.py")), checkpoint(tmp_path))
     assert len(read_log(tmp_path)) == 4
 
@@ -154,7 +158,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("phase", [pytest.param("rollout", marks=pytest.mark.slow), "scoring",
-                                   pytest.param("update", marks=pytest.mark.slow), "table"])
+                                   pytest.param("update", marks=pytest.mark.slow),
+                                   pytest.param("table", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undisturbed, tmp_path, phase):
     (tmp_path / "script.py").write_text(INTERRUPTED.format(root=str(ROOT), oracle=ORACLE.partition("=")[2]))
     arguments = ["--reward", "aesthetic=script.py:hanging", "--steps", "4", *SMALL, "--eval-images", "75"]
@@ -233,31 +238,33 @@ def test_few_prompts_and_one_held_out(tmp_path, capsys):
     assert table["rewards"]["r"]["interval"] is None
 
 
-SPOIL = """
-import sys, grpo
-loss, calls = grpo.grpo_loss, []
-def spoiled(*arguments):
-    calls.append(1)
-    total, ratio = loss(*arguments)
-    return (total * float("nan") if len(calls) {when} else total), ratio
-grpo.grpo_loss = spoiled
-grpo.main(sys.argv[1:])
-"""
+def spoil(monkeypatch, when):
+    """Make the losses of some micro-batches NaN: those whose number `when` accepts."""
+    loss, calls = grpo.grpo_loss, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        total, ratio = loss(*arguments)
+        return (total * math.nan if when(len(calls)) else total), ratio
+
+    monkeypatch.setattr(grpo, "grpo_loss", spoiled)
 
 
-def test_an_update_that_is_not_finite_is_not_applied(tmp_path):
+def test_an_update_that_is_not_finite_is_not_applied(tmp_path, monkeypatch):
     """Four micro-batches a step of four groups: the second update of the first step is spoiled."""
     arguments = ["--reward", ORACLE, *SMALL]
-    log = run_script(tmp_path, *arguments, "--steps", "2", code=SPOIL.format(when="== 3"))
+    spoil(monkeypatch, lambda number: number == 3)
+    log = run_script(tmp_path, *arguments, "--steps", "2")
     assert [line["skipped_updates"] for line in log] == [1, 0]
     assert all(state["step"] == 3 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
     assert log[0]["grad_norm"][1] != log[0]["grad_norm"][1] and log[1]["ratio_dev"][0] == 0.0
 
 
-def test_updates_that_are_never_finite_stop_the_run(tmp_path):
-    printed, failed = start_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4",
-                                   code=SPOIL.format(when="> 4"))
-    assert failed and "step 2: 3 updates in a row had a loss or gradient that is not finite" in printed
+def test_updates_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda number: number > 4)
+    with pytest.raises(UserError, match="step 2: 3 updates in a row had a loss or gradient that is not"):
+        run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4")
+    monkeypatch.undo()
     assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
     # as the message says
     run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "3", "--lr", "1e-6", "--resume")
