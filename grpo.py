@@ -619,7 +619,7 @@ def main(argv=None):
             title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
             report(run, rewards + judges, before, after, title)
             image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
-                           pictures_after[:pictures.SHOWN])
+                           pictures_after[:pictures.SHOWN], titles=("base", "trained"))
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

@@ -2534,26 +2534,31 @@ def caption_font(captions):
             return ImageFont.truetype(name, 10)
 
 
-def image_grid_png(path, *rows, columns=8):
-    """Save lists of (label, PIL image) pairs as rows of a picture; longer lists are cut into several, which
-    interleave. Labels that no font can show are numbers, and what they mean is in a text file beside the
-    picture."""
+def image_grid_png(path, *rows, columns=8, titles=()):
+    """Save lists of (label, PIL image) pairs as rows of a picture, with a title beside each if there are any;
+    longer lists are cut into several, which interleave. Labels that no font can show are numbers, and what
+    they mean is in a text file beside the picture.
+    """
     captions = [caption for row in rows for caption, _ in row]
     font, notes = caption_font(captions), path.with_suffix(".txt")
     if font is None:
         write_text(notes, "\n".join(f"#{i} {caption}" for i, caption in enumerate(captions, 1)))
         numbers, font = (f"#{i}, see {notes.name}" for i in itertools.count(1)), ImageFont.load_default(10)
         rows = [[(next(numbers), image) for _, image in row] for row in rows]
+    kinds, margin, heading = len(rows), 66 if titles else 0, ImageFont.load_default(14)
     rows = [row[i:i + columns] for i in range(0, max(map(len, rows)), columns) for row in rows]
     first, text = rows[0][0][1], 40
     cell = max(96, first.width)
     height = cell * first.height // first.width
-    sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4),
-                      "white")
+    size = margin + max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
+        if titles:
+            middle = 4 + y * (height + text + 4) + height // 2
+            draw.text((6, middle), titles[y % kinds], fill="black", font=heading, anchor="lm")
         for x, (caption, image) in enumerate(row):
-            left, top = 4 + x * (cell + 4), 4 + y * (height + text + 4)
+            left, top = margin + 4 + x * (cell + 4), 4 + y * (height + text + 4)
             sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
             wide = max(map(ord, caption), default=0) > 0x2e80

@@ -461,7 +461,7 @@ def main(argv=None):
             if judges:
                 report(run, judges, before, after, title)
             image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
-                           pictures_after[:pictures.SHOWN])
+                           pictures_after[:pictures.SHOWN], titles=("base", "student"))
     if rank == 0:
         print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
 

@@ -449,10 +449,10 @@ def compare(players, vote, tie, out):
     write_text(out / "comparison.md", text)
     write_text(out / "comparison.json",
                json.dumps({"vote": vote, "tie": tie, "means": means, "elo": elo}, indent=2))
-    shown = [[(f"{name}: {record['prompt']}", Image.open(record["folder"] / record["file"]))
+    shown = [[(record["prompt"], Image.open(record["folder"] / record["file"]))
               for record in by_prompt(records)[:24]]
-             for name, records in players.items()]
-    image_grid_png(out / "comparison.png", *shown)
+             for records in players.values()]
+    image_grid_png(out / "comparison.png", *shown, titles=tuple(players))
     print(f"{text}\n\nwrote {out}/comparison.md, .json and .png")
 
 
