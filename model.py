@@ -526,9 +526,8 @@ class Encoder(nn.Module):
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*(DownBlock(*stage)
-                                           for stage in zip(dims, dims[1:], itertools.repeat(blocks),
-                                                            [*temporal, None])))
+        stages = zip(dims, dims[1:], [*temporal, None])
+        self.down_blocks = nn.Sequential(*(DownBlock(dim, out, blocks, kind) for dim, out, kind in stages))
         self.mid_block = MiddleBlock(dims[-1])
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], latent, 3, padding=1)
 
@@ -541,9 +540,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
         self.mid_block = MiddleBlock(dims[0])
-        self.up_blocks = nn.Sequential(*(UpBlock(*stage)
-                                         for stage in zip(dims, dims[1:], itertools.repeat(blocks),
-                                                          [*temporal, None])))
+        stages = zip(dims, dims[1:], [*temporal, None])
+        self.up_blocks = nn.Sequential(*(UpBlock(dim, out, blocks, kind) for dim, out, kind in stages))
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), nn.Conv2d(dims[-1], channels, 3, padding=1)
 
     def forward(self, x):
@@ -562,9 +560,8 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         base, decoder_base = config["base_dim"], config["decoder_base_dim"] or config["base_dim"]
-        mult, blocks, temporal, z_dim = (config[key]
-                                         for key in ("dim_mult", "num_res_blocks", "temperal_downsample",
-                                                     "z_dim"))
+        mult, blocks, z_dim = config["dim_mult"], config["num_res_blocks"], config["z_dim"]
+        temporal = config["temperal_downsample"]
         self.encoder = Encoder(config["in_channels"], [base * m for m in [1] + mult], 2 * z_dim, blocks,
                                temporal)
         self.quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
@@ -664,9 +661,8 @@ def load_vlm(directory, device, dtype):
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    vlm = AutoModelForImageTextToText.from_pretrained(directory,
-                                                      dtype=dtype).to(device).eval().requires_grad_(False)
-    return fp32_logits(vlm)
+    vlm = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    return fp32_logits(vlm.to(device).eval().requires_grad_(False))
 
 
 def fp32_logits(vlm):
@@ -1606,9 +1602,8 @@ class Reward:
         """[(score, why)] for every image: (number, ""), (UNDEFINED, ""), or (FAILED, the reason). Never
         raises.
         """
-        answers, asked = [(UNDEFINED, "")] * len(images), [i
-                                                           for i, request in enumerate(requests)
-                                                           if self.weigh(request)]
+        answers = [(UNDEFINED, "")] * len(images)
+        asked = [i for i, request in enumerate(requests) if self.weigh(request)]
         if not asked:
             return answers
         records = {"records": [requests[i].record for i in asked]} if wants_records(self.score) else {}
@@ -2025,8 +2020,8 @@ def open_source(name, entry, folder, root):
         scorer.reasoning = entry.get("reasoning", reasoning)
         return source, scorer
     if name == "identity":
-        return source or "insightface", face_identity(load_function(folder / source) if source
-                                                      else insightface_embed())
+        embed = load_function(folder / source) if source else insightface_embed()
+        return source or "insightface", face_identity(embed)
     if source.partition(":")[0].endswith(".py"):
         return source, load_function(folder / source)
     zero_shot = not source and not brought.is_dir()
@@ -2594,9 +2589,8 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     # then the lower right corner is free
     rises = dots or sum(line[-1][1] - line[0][1] for line in series.values() if line) > 0
     for i, (name, line) in enumerate(series.items()):
-        colour, line, y = colours[i % 8], [place(*p)
-                                           for p in line], (box[3] - 18 * len(series) if rises else box[1]
-                                                            + 10) + 18 * i
+        colour, line = colours[i % 8], [place(*p) for p in line]
+        y = (box[3] - 18 * len(series) if rises else box[1] + 10) + 18 * i
         for x, y_dot in line if dots or len(line) == 1 else ():
             draw.ellipse((x - 2, y_dot - 2, x + 2, y_dot + 2), fill=colour)
         draw.line([] if dots else line, fill=colour, width=2, joint="curve")

@@ -231,8 +231,8 @@ def curate(records, min_range, quantile):
     """
     reward_names(records)  # an error if nothing was scored
     scores = score_array(records, "composite")
-    ranges, std = group_ranges(scores), np.array([np.std(row[np.isfinite(row)]) if np.isfinite(row).any()
-                                                  else 0 for row in scores])
+    ranges = group_ranges(scores)
+    std = np.array([np.std(row[np.isfinite(row)]) if np.isfinite(row).any() else 0 for row in scores])
     keep = np.zeros(len(ranges), bool)
     for rows in category_rows(records).values():
         rows = np.array(rows)

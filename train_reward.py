@@ -209,11 +209,11 @@ def collate(processor, rubrics, examples, device):
     texts, answers = [], []
     for example in examples:
         texts.append(score_text(processor.tokenizer, rubrics[example.reward], example.prompt,
-                                len(example.pictures),
-                                bool(example.reasoning)))
-        # only the form after it depends on this token
+                                len(example.pictures), bool(example.reasoning)))
+        # only the form after it depends on this token, so that a pair's may be any
         digit = 3 if math.isnan(example.score) else round(example.score)
-        answers.append(example.reasoning + f"\n<score>{digit}{tail}"[not example.reasoning:])
+        thought = f"{example.reasoning}\n" if example.reasoning else ""
+        answers.append(f"{thought}<score>{digit}{tail}")
     inputs = processor([text + answer for text, answer in zip(texts, answers)],
                        [on_white(open_picture(path)) for example in examples for path in example.pictures])
     lengths = [len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
@@ -221,8 +221,8 @@ def collate(processor, rubrics, examples, device):
     for row, length in enumerate(lengths):  # texts are padded on the left, so all answers end together
         labels[row, :-length] = -100
     labels[:, -place] = -100
-    return inputs.to(device), labels.to(device), place, torch.tensor([example.score for example in examples],
-                                                                     device=device)
+    y = torch.tensor([example.score for example in examples], device=device)
+    return inputs.to(device), labels.to(device), place, y
 
 
 def copy_processor(folder, out, size):
