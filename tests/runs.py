@@ -91,8 +91,9 @@ def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
 
 
 def checkpoint(folder):
-    """The one complete checkpoint of a run as {kind: {name: tensor}}."""
-    (path,) = (path for path in (folder / "runs" / "run" / "checkpoint").iterdir() if path.suffix != ".part")
+    """The newest complete checkpoint of a run as {kind: {name: tensor}}. (A kill may leave the one before.)"""
+    saved = (folder / "runs" / "run" / "checkpoint").iterdir()
+    path = max(path for path in saved if path.suffix != ".part")
     dcp_to_torch_save(path, folder / "state.pt")
     return torch.load(folder / "state.pt", weights_only=False)
 

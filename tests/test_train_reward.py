@@ -669,7 +669,7 @@ SLOW = pytest.mark.slow  # these reason, one word at a time
 
 # reward.json has the figures on 400 and more pictures
 @pytest.mark.parametrize("name, drawn, samples", [
-    ("aesthetic", 0.9, 0.6), ("portrait", 0.8, 0.6), ("alignment", 0.75, 0.5),
+    ("aesthetic", 0.9, 0.6), ("portrait", 0.8, 0.6), pytest.param("alignment", 0.75, 0.5, marks=SLOW),
     pytest.param("instruction", 0.7, 0.4, marks=SLOW), pytest.param("consistency", 0.35, 0.35, marks=SLOW)])
 def test_scorers_rank_pictures_as_the_oracle_does(scored, name, drawn, samples):
     for part, bar in (("drawn", drawn), ("samples", samples)):
