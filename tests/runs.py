@@ -91,7 +91,7 @@ def run_script(folder, *arguments, script="grpo.py", processes=1, code=None):
 
 
 def checkpoint(folder):
-    """The newest complete checkpoint of a run as {kind: {name: tensor}}. (A kill may leave the one before.)"""
+    """The newest complete checkpoint of a run as {kind: {name: tensor}}; a kill may leave the one before."""
     saved = (folder / "runs" / "run" / "checkpoint").iterdir()
     path = max(path for path in saved if path.suffix != ".part")
     dcp_to_torch_save(path, folder / "state.pt")
