@@ -2791,6 +2791,8 @@ def claim(folder):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        print(f"{folder}: its disk knows no locks ({error}); see to it that no other run writes there")
     LOCKS.append(lock)  # released when the process ends
     return True
 
@@ -2817,6 +2819,8 @@ def open_run(args, specs, rank):
         fresh = not (run / "log.jsonl").exists()
         if free and (fresh or args.resume):
             break
+        if free:  # another run's, which may be resumed meanwhile
+            LOCKS.pop().close()
         if args.name:
             trouble = (f"{run} exists; continue it with --resume, or choose another --name" if free else
                        f"{run} is being written by another process; choose another --name")
@@ -2949,7 +2953,9 @@ def read_log(path, steps):
     if not path.exists():
         return []
     if steps == 0 and dist.get_rank() == 0:
-        path.rename(path.with_name("log.old.jsonl"))
+        with open(path.with_name("log.old.jsonl"), "a") as old:
+            old.write(path.read_text())
+        path.unlink()
         print(f"{path.parent}: there is no checkpoint, so it starts again from step 0; the log so far is "
               "log.old.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()[:steps]] if steps else []

@@ -95,5 +95,9 @@ def test_a_face_embedder_tells_people_apart(tmp_path):
                                                                   [request] * 6))
     print({"same": same, "mirrored": mirrored, "grey": grey, "blurred": blurred, "another": other,
            "nobody": nobody})
+    alone = torch.cosine_similarity(*(torch.tensor(embed(picture)[0]) for picture in (photograph, edits[3])),
+                                    dim=0)
+    print({"blurred, the person alone": alone.item()})
+    assert alone == pytest.approx(0.94, abs=0.02) and blurred == pytest.approx(0.89, abs=0.02)
     assert same == pytest.approx(1) and nobody == 0 and len(embed(photograph)) == 2
     assert min(mirrored, grey) > blurred > 0.85 > other > 0.7

@@ -9,6 +9,7 @@ import importlib
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import model
 import numpy as np
@@ -273,6 +274,30 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(folder, monkeypatch, scr
     with pytest.raises(model.UserError, match=message) as error:
         run_here(folder, script, *arguments)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_disk_that_is_too_small_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    monkeypatch.setattr("grpo.load_vae", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(model.UserError,
+                       match="its disk has 0.0 GiB left, and two checkpoints .*--save-every 0"):
+        run_here(tmp_path, "grpo.py", "--reward", GOOD)
+
+
+def test_a_new_run_leaves_the_lock_of_a_finished_one_alone(folder, monkeypatch):
+    """Without --name the next free number is taken, and the run before may be resumed meanwhile."""
+    args = SimpleNamespace(name=None, script="grpo", seed=0, resume=False, prompts="good.jsonl",
+                           eval_prompts="good.jsonl")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(model, "all_gather_list", list)
+    first = model.open_run(args, ["r"], 0)
+    (first / "log.jsonl").write_text("{}")
+    model.LOCKS.pop().close()
+    args.name = None
+    assert model.open_run(args, ["r"], 0).name == "grpo-r-s0-2"
+    assert model.claim(first) and len(model.LOCKS) == 2
+    while model.LOCKS:
+        model.LOCKS.pop().close()
 
 
 @pytest.mark.parametrize("name, message",

@@ -3,7 +3,7 @@
     pip install dlib-bin face-recognition-models
     python nft.py --reward identity=tests/rewards/faces.py:embed --prompts edits.jsonl ...
 
-dlib's vectors are not centred: the cosine of two people is about .8, of two pictures of one above .95. Within
+dlib's vectors are not centred: the cosine of two people is about .8, of two pictures of one above .9. Within
 a group that is only a scale, which Eq. 4 takes out. ArcFace's (insightface) is near 0 for two people. A false
 face that the detector sees in a source counts like a person who has to be preserved, and is averaged with the
 others: a photograph of one person in which dlib sees a second face scores .89 against itself blurred, where
