@@ -2610,6 +2610,12 @@ class UserError(Exception):
     """
 
 
+class StopTraining(Exception):
+    """Ends a run before the present step, of which nothing has been trained: because it was asked to, or of
+    the trouble that is named.
+    """
+
+
 def command_line(main):
     """A script's main as a process. A UserError or a full disk ends it with code 2 and a message, once for
     all ranks; any other exception is a bug and keeps its traceback."""
@@ -2904,6 +2910,27 @@ class HeldOut:
         scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)         # (prompts, K, number)
         scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
         return scores, self.shown(images[::number])
+
+    def final_table(self, folder, root, rows, rewards, images, guidance):
+        """Draw with the base of `root`, then with the weights of which this rank has `rows`; leave the
+        pictures in `folder` and, if there are rewards, print the table. All ranks call.
+
+        guidance: {name: scale} of the two; about so many `images` each, the same number for every prompt.
+        """
+        (base, base_cfg), (trained, cfg) = guidance.items()
+        number = math.ceil(images / len(self.requests))
+        load_weights(self.sampler.model, root / "transformer")
+        before, pictures_before = self.scores(rewards, number, base_cfg)
+        fill(self.sampler.model, rows)
+        after, pictures_after = self.scores(rewards, number, cfg)
+        if dist.get_rank() > 0:
+            return
+        scales = f"{cfg:g}" if cfg == base_cfg else f"{base_cfg:g} for the {base}, {cfg:g} for the {trained}"
+        if rewards:
+            report(folder, rewards, before, after,
+                   f"{len(self.requests)} held-out prompts x {number} images, guidance {scales}, same seeds")
+        image_grid_png(folder / "samples" / "before_after.png", pictures_before[:self.SHOWN],
+                       pictures_after[:self.SHOWN], titles=(base, trained))
 
 
 def check_disk(folder, network, bytes_each):

@@ -40,16 +40,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, VLMScorer,
-    all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks,
-    compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix, directory_name,
-    encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source, guided_velocity,
-    image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
-    new_transformer, noise_stream, open_run, own_rows, park, parse_run, plan_memory, prompt_ids,
-    prompts_per_step, rank_share, read_log, reduce_gradients, release, report, resume_command, reward_threads,
-    sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once,
-    stop_gently, stopped, stopping, tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
+    FAILED, RUBRICS, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError,
+    VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line,
+    compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
+    directory_name, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source,
+    guided_velocity, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
+    load_vae, load_vlms, longest_prefix, materialise, matmul_peak, network_width, new_transformer,
+    noise_stream, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share,
+    read_log, reduce_gradients, release, resume_command, reward_threads, sampling_settings, save_checkpoint,
+    save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping,
+    tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -226,19 +226,20 @@ class StepScores:
         self.advantage[p] = group_advantage(self.scores[:, [p]], self.weights[:, [p]])             # Eq. 4, 13
         return self.advantage[p]
 
-    def failures(self, limit):
-        """Wait for all. Over all ranks: whether some left scores out because of STOP, and the reasons,
-        counted, if more than a share `limit` of the scores failed, else None."""
+    def check(self, limit):
+        """Wait for all. Nothing is trained on a step that cannot be trusted: StopTraining on all ranks where
+        more than a share `limit` of the scores failed, or where STOP left some out.
+        """
         self.wait_for(self.advantage.numel())
         self.reasons = Counter(why for row in self.arrived for _, why in row if why)
         parts = all_gather_list([(self.reasons, (self.weights > 0).sum().item() * self.group_size)])
         reasons, asked = sum((part[0] for part in parts), Counter()), sum(part[1] for part in parts)
-        trouble = None
+        if LEFT_OUT in reasons:
+            raise StopTraining
         if reasons.total() > limit * asked:
             table = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(8))
-            trouble = (f"{reasons.total()} of {asked} scores failed, --max-reward-failures is {limit:g}:"
-                       f"{table}")
-        return LEFT_OUT in reasons, trouble
+            raise StopTraining(f"{reasons.total()} of {asked} scores failed, --max-reward-failures is "
+                               f"{limit:g}:{table}")
 
 
 def group_advantage(scores, weights):
@@ -324,9 +325,9 @@ def kl_loss(v, v_ref):
 # ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
-            "none was applied. See log.jsonl and samples/ for what went wrong before; --resume continues "
-            "from step {step}, with a lower --lr, or from the checkpoint before if you remove this one")
+DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
+            "applied. See log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or "
+            "the checkpoint before, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -342,286 +343,359 @@ def apply_update(policy, optimizer, loss, grad_clip):
     return norm.item(), finite
 
 
-def main(argv=None):
-    # ---- 6. setup (same in grpo, nft) ----------------------------------------------------------------------
-    args = parse_args(argv)
-    rank, world, device = setup()
-    cuda, dtype = device.type == "cuda", compute_dtype(device)
-    root = find_model(args.model)
-    policy = new_transformer(root, torch.float32)
-    config = policy.config
-    grid, t, cfg = sampling_settings(root, args.size, args.sampler_steps, args.cfg)
-    tokens, T = grid[0] * grid[1], len(t) - 1
-    lr = LR * 4096 / network_width(config) if args.lr is None else args.lr
-    micro_batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens)
-    batch = args.rollout_batch or (8 if cuda else 64)
-    G, U = args.group_size, args.updates_per_rollout
-    trained = trained_steps(args.train_timesteps, T)
-    branches = 2 if args.guided_objective and cfg != 1 else 1  # prompt, and prompt without text
+# ---- 6. setup (same in grpo, nft) --------------------------------------------------------------------------
 
-    # ---- 7. data (same in grpo, nft) -----------------------------------------------------------------------
-    requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
-    P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
-    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
-              for step in range(args.steps)]
-    eval_ids = list(range(rank, len(heldout), world))
-    rewards, judges = load_rewards(args.reward, root), load_rewards(args.judge, root)
-    check_rewards(rewards, requests)
-    check_rewards(judges, heldout)
-    run = open_run(args, args.reward, rank)
-    check_disk(run, policy, SAVED_BYTES * bool(args.save_every))
-    used = {i: requests[i] for share in shares for i in share}
-    vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-    # ---- 8. schedule, memory, models -----------------------------------------------------------------------
-    load_vlms(rewards + judges, device)
-    sigma, keep = torch.zeros(T), {T}  # the ODE; only its end is kept
-    adv_max = max(1, G - 1) ** 0.5 if args.adv_max is None else args.adv_max
-    # the rows of a group; its micro-batches share one prefix
-    pairs = [(d, g) for d in range(args.draws) for g in range(G)]
-    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+def set_up(args):
+    """A run: the one namespace on which everything below works. Here its processes, its sizes and the
+    schedule of its sampler.
+    """
+    run = SimpleNamespace(args=args, bad=0)
+    run.rank, run.world, run.device = setup()
+    run.root = find_model(args.model)
+    run.policy = new_transformer(run.root, torch.float32)
+    run.config = run.policy.config
+    run.grid, run.t, run.cfg = sampling_settings(run.root, args.size, args.sampler_steps, args.cfg)
+    run.tokens, run.T = run.grid[0] * run.grid[1], len(run.t) - 1                             # t (T+1,)
+    run.trained = trained_steps(args.train_timesteps, run.T)
+    run.branches = 2 if args.guided_objective and run.cfg != 1 else 1  # prompt, and prompt without text
+    run.G, run.U = args.group_size, args.updates_per_rollout
+    run.lr = LR * 4096 / network_width(run.config) if args.lr is None else args.lr
+    on_gpu = run.device.type == "cuda"
+    run.batch = args.rollout_batch or (8 if on_gpu else 64)
+    run.micro_batch = args.micro_batch or max(1, (8192 if on_gpu else 512) // run.tokens)
+    return run
+
+
+# ---- 7. data (same in grpo, nft) ---------------------------------------------------------------------------
+
+
+def load_data(run):
+    """Prompts, who has which of them in what step, rewards, the run's folder; then the prompts, encoded."""
+    args = run.args
+    run.requests, run.heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    run.P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(run.requests), run.world,
+                                                     run.U)
+    steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
+    run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in steps]
+    run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
+    run.rewards, run.judges = load_rewards(args.reward, run.root), load_rewards(args.judge, run.root)
+    check_rewards(run.rewards, run.requests)
+    check_rewards(run.judges, run.heldout)
+    run.folder = open_run(args, args.reward, run.rank)
+    check_disk(run.folder, run.policy, SAVED_BYTES * bool(args.save_every))
+    run.vae = load_vae(run.root, run.device, compute_dtype(run.device))
+    used = {i: run.requests[i] for share in run.shares for i in share}
+    used |= {("heldout", i): run.heldout[i] for i in run.eval_ids}
+    run.encoded = encode_prompts(run.root, run.vae, used, run.grid, run.device)
+
+
+# ---- 8. schedule, memory, models ---------------------------------------------------------------------------
+
+
+def make_schedule(run):
+    """The micro-batches of a group, which share one prefix. The sampler is the ODE; only its end is kept."""
+    args = run.args
+    run.sigma, run.keep = torch.zeros(run.T), {run.T}
+    run.adv_max = max(1, run.G - 1) ** 0.5 if args.adv_max is None else args.adv_max
+    pairs = [(d, g) for d in range(args.draws) for g in range(run.G)]
+    run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
     # sum over rows -> mean over the update; FSDP averages over ranks
-    scale = world / (P * G * args.draws / U)
-    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    longest = longest_prefix(encoded, 1 + (cfg != 1))
-    checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    own_size = sum(param.numel() for param in policy.parameters()) // world  # parameters, a rank's own rows
-    memory = plan_memory(config, vae.config, device, Job(
-        tokens=tokens, batch=batch, rows=micro_batch, pair=longest, prefix=longest_prefix(encoded, branches),
+    run.scale = run.world / (run.P * run.G * args.draws / run.U)
+
+
+def load_models(run):
+    """The trained policy, and the slot: a whole network on every rank, never trained, that `fill` turns into
+    the policy (grids), the old policy (rollout, v_old), then the base (v_ref); for the final table into base
+    and policy.
+    """
+    args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
+    load_vlms(run.rewards + run.judges, device)
+    checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
+    state_floats = run.P // run.world * run.G * run.tokens * run.config["in_channels"]  # a latent per image
+    own_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank's own rows
+    longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
+    run.memory = plan_memory(run.config, run.vae.config, device, Job(
+        tokens=run.tokens, batch=run.batch, rows=run.micro_batch, pair=longest,
+        prefix=longest_prefix(run.encoded, run.branches),
         kept=4 * state_floats * args.draws * (3 + bool(args.kl_coef)),
-        encoder=weight_bytes(root / "text_encoder"), judges=vlm_bytes(rewards),
-        table=vlm_bytes(rewards + judges),
+        encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
+        table=vlm_bytes(run.rewards + run.judges),
         parked=(4 + dtype.itemsize * bool(args.kl_coef)) * own_size,
         offload=args.offload, checkpointing=checkpointing))
 
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the policy (grids), the
-    # old policy (rollout, v_old), then the base (v_ref); for the final table into base and policy
-    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
+    run.slot = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        compile_blocks(slot, policy)
-    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
-    policy.checkpointing = checkpointing
-    reference = park(own_rows(policy), dtype) if args.kl_coef else []  # before a checkpoint: the base
+        compile_blocks(run.slot, run.policy)
+    run.policy = materialise(shard(run.policy, device, args.offload), run.root,
+                             CPU if args.offload else device)
+    run.policy.checkpointing = checkpointing
+    run.reference = park(own_rows(run.policy), dtype) if args.kl_coef else []  # the base, as no checkpoint is
     # eps is small because gradients are: the loss is a mean over dimensions
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0,
-                                  fused=True)
-    old = park(own_rows(policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
-    start = load_checkpoint(run / "checkpoint", policy, optimizer, old) if args.resume else 0
-    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, longest,
-                      args.cudnn)
-    pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
-    pools, peak = reward_threads(rewards, device), matmul_peak(device)
-    create_shared(run / "samples")
-    if rank == 0:
-        images = f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}"
-        describe_run(run, args, policy, device, images, requests, heldout)
-        print(f"sampler: {T} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)}); "
-              f"trained at t = {', '.join(f'{t[k]:.3f}' for k in trained)}, "
-              f"{'guided' if branches > 1 else 'unguided'} objective; lr {lr:.2g}")
-        describe_rewards(rewards)
+    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=run.lr, betas=(0.9, 0.95), eps=1e-10,
+                                      weight_decay=0, fused=True)
+    run.old = park(own_rows(run.policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
+    run.start = 0
+    if args.resume:
+        run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer, run.old)
+    run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
+    run.sampler = Sampler(run.slot, on_gpu and not args.offload if args.graph is None else args.graph,
+                          longest, args.cudnn)
+    run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
+                           args.seed, run.batch)
+    run.pools, run.peak = reward_threads(run.rewards, device), matmul_peak(device)
 
-    # ---- 9. the parts of a step ----------------------------------------------------------------------------
-    def rows(states, group, micro):
-        """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
-        d, g = map(list, zip(*micro))
-        return [part[d, g] for part in states[group]]
 
-    def roll_out(step, ids, scores):
-        """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised
-        again, group by group.
-        """
-        images, kept = [(step, i, g) for i in ids for g in range(G)], []
-        for chunk, decoded, states in generate(sampler, vae, encoded, images, grid, t, sigma, cfg, args.seed,
-                                               batch, keep):
-            kept.append(states[T][0])
-            scores.ask(pools, decoded, [requests[i] for _, i, _ in chunk])
-        x0 = torch.cat(kept).unflatten(0, (len(ids), G))                                   # (groups, G, N, C)
-        return [noised(x0[group], step, i) for group, i in enumerate(ids)]
+def describe(run):
+    """The header."""
+    args = run.args
+    images = f"{run.P} prompts x {run.G} images of {16 * run.grid[1]}x{16 * run.grid[0]}"
+    describe_run(run.folder, args, run.policy, run.device, images, run.requests, run.heldout)
+    print(f"sampler: {run.T} steps, guidance {run.cfg:g} ({guidance_source(run.root, args.cfg)}); "
+          f"trained at t = {', '.join(f'{run.t[k]:.3f}' for k in run.trained)}, "
+          f"{'guided' if run.branches > 1 else 'unguided'} objective; lr {run.lr:.2g}")
+    describe_rewards(run.rewards)
 
-    def noised(x0, step, i):
-        """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G,
-        1, 1).
-        """
-        generators = [noise_stream(args.seed, f"noise {step}", i, g) for g in range(G)]
-        # (D, G)
-        drawn = torch.tensor([draw_steps(trained, args.draws, generator) for generator in generators]).T
-        eps = torch.stack([torch.randn(args.draws, *x0.shape[1:], generator=g) for g in generators],
-                          dim=1).to(device)
-        t_rows = t[drawn][..., None, None].to(device)
-        return (1 - t_rows) * x0 + t_rows * eps, eps - x0, t_rows                                      # Eq. 1
 
-    @torch.no_grad()
-    def frozen_velocities(ids, states):
-        """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v
-        (B, N, C)}.
-        """
-        velocities = {}
-        for group, i in enumerate(ids):
-            prefixes = [slot.prefix([prompt], grid) for prompt in encoded[i][:branches]]
-            for m, micro in enumerate(micro_batches):
-                x, _, t_rows = rows(states, group, micro)[:3]
-                velocities[group, m] = guided_velocity(slot, x, t_rows.flatten(), *prefixes, cfg=cfg)
-        return velocities
+# ---- 9. the parts of a step --------------------------------------------------------------------------------
 
-    def train_group(group, prompts, states, advantage, v_old, v_ref, sums):
-        """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and shifts
-        to `sums`.
-        """
-        prefixes = [policy.prefix([prompt], grid) for prompt in prompts]
-        leaves = [*map(detach_prefix, prefixes)]
-        for m, micro in enumerate(micro_batches):
-            x, v_target, t_rows = rows(states, group, micro)
-            r = optimality(advantage[[g for _, g in micro]], adv_max).to(device)                   # (B,)
-            v = guided_velocity(policy, x, t_rows.flatten(), *leaves, cfg=cfg)                     # (B, N, C)
-            loss = nft_loss(v, v_old[group, m], v_target, r, args.beta)
-            sums.loss += loss.detach()
-            sums.shifts.append((v.detach() - v_old[group, m]).pow(2).mean())
-            if reference:
-                penalty = kl_loss(v, v_ref[group, m])
-                sums.kl += penalty.detach()
-                loss = loss + args.kl_coef * penalty
-            (loss * scale).backward()
-        backward_prefixes(prefixes, leaves)
 
-    def statistics(sums):
-        """What is logged of an update."""
-        return {"loss": sums.loss.item() * scale, "kl": sums.kl.item() * scale,
-                "velocity_shift": torch.stack(sums.shifts).mean().sqrt().item()}
+def roll_out(run, step, ids, scores):
+    """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised again,
+    group by group.
+    """
+    images, kept = [(step, i, g) for i in ids for g in range(run.G)], []
+    for chunk, decoded, states in generate(run.sampler, run.vae, run.encoded, images, run.grid, run.t,
+                                           run.sigma, run.cfg, run.args.seed, run.batch, run.keep):
+        kept.append(states[run.T][0])
+        scores.ask(run.pools, decoded, [run.requests[i] for _, i, _ in chunk])
+    x0 = torch.cat(kept).unflatten(0, (len(ids), run.G))                                   # (groups, G, N, C)
+    return [noised(run, x0[group], step, i) for group, i in enumerate(ids)]
 
-    def leave(step, trouble=None):
-        """End before a step: stopped, or because its scores cannot be trusted."""
-        if step > start:
-            save_checkpoint(run / "checkpoint", step, policy, optimizer, old)
-        if trouble:
-            raise UserError(f"step {step}: {trouble}\n{resume_command(args, f'--name {run.name}')}")
-        stopped(args, step, f"--name {run.name}")
 
-    # ---- 10. train -----------------------------------------------------------------------------------------
-    def train():
-        """All steps; True if they were done, and the run not left before."""
-        log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
-        stop_gently(rank)
-        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
-                   dynamic_ncols=True)
-        for step in bar:
-            if args.sample_every and step % args.sample_every == 0:
-                fill(slot, own_rows(policy))
-                pictures.save_grid(run / "samples" / f"{step:06d}.png", cfg)
-            ids, clock = shares[step], Clock(device)
+def noised(run, x0, step, i):
+    """A group's images (G, N, C) at D drawn steps: x_t and v = eps - x_0, both (D, G, N, C), and t (D, G, 1,
+    1).
+    """
+    draws = run.args.draws
+    generators = [noise_stream(run.args.seed, f"noise {step}", i, g) for g in range(run.G)]
+    drawn = torch.tensor([draw_steps(run.trained, draws, generator) for generator in generators]).T   # (D, G)
+    eps = torch.stack([torch.randn(draws, *x0.shape[1:], generator=generator) for generator in generators],
+                      dim=1).to(run.device)
+    t = run.t[drawn][..., None, None].to(run.device)
+    return (1 - t) * x0 + t * eps, eps - x0, t                                                         # Eq. 1
 
-            # roll out by the old policy; a decoded batch is scored in the background from here on
-            fill(slot, old)
-            seat_judges(rewards, device)
-            scores = StepScores(rewards, [requests[i] for i in ids], G)
-            states = roll_out(step, ids, scores)
-            clock.lap("rollout")
 
-            # frozen velocities, before the first update
-            v_old, v_ref = frozen_velocities(ids, states), {}
-            if reference:
-                fill(slot, reference)
-                v_ref = frozen_velocities(ids, states)
-            clock.lap("frozen")
+def rows(run, states, group, micro):
+    """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
+    d, g = map(list, zip(*micro))
+    return [part[d, g] for part in states[group]]
 
-            # local judges leave before training; other rewards are waited for group by group
-            scores.wait_for_local()
-            if not memory.judges_stay:
-                unseat_judges(rewards)
-            clock.lap("reward_wait")
-            if cuda:
-                sampler.drop()  # the updates need the memory
-            if stopping():  # nothing of this step has been trained
-                return leave(step)
 
-            # updates, each on its own groups
-            updates, groups = [], len(ids) // U
-            for update in range(U):
-                # with room, weights stay gathered and gradients are reduced once, at the update's end
-                keep_gathered(policy, memory.gathered, memory.once)
-                sums = SimpleNamespace(loss=torch.zeros((), device=device), kl=torch.zeros((), device=device),
-                                       shifts=[])
-                own = range(update * groups, (update + 1) * groups)
-                for group in own:
-                    train_group(group, encoded[ids[group]][:branches], states, scores.advantage_of(group),
-                                v_old,
-                                v_ref, sums)
-                if memory.once:
-                    reduce_gradients(policy)
-                # nothing is trained on a step that cannot be trusted
-                left, trouble = scores.failures(args.max_reward_failures) if update == 0 else (False, None)
-                if left or trouble:
-                    return leave(step, None if left else trouble)
-                norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
-                bad = 0 if stepped else bad + 1
-                if bad == BAD_UPDATES:
-                    save_checkpoint(run / "checkpoint", step, policy, optimizer, old, keep=True)
-                    raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
-                updates.append(statistics(sums) | {"grad_norm": norm, "skipped": not stepped})
-            decay = min(args.old_decay, step / (step + 10))                                     # difference 3
-            for row, new in zip(old, own_rows(policy)):
-                # on the GPU: the host takes seconds for the 7B
-                row.copy_(row.to(device).lerp_(new.to(device), 1 - decay))
-            clock.lap("train")
+@torch.no_grad()
+def frozen_velocities(run, ids, states):
+    """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N,
+    C)}.
+    """
+    velocities = {}
+    for group, i in enumerate(ids):
+        prefixes = [run.slot.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
+        for m, micro in enumerate(run.micro_batches):
+            x, _, t = rows(run, states, group, micro)[:3]
+            velocities[group, m] = guided_velocity(run.slot, x, t.flatten(), *prefixes, cfg=run.cfg)
+    return velocities
 
-            # one line a step
-            flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-            flops *= G * (T * (1 + (cfg != 1)) + branches * args.draws * (4 + bool(reference)))
-            seconds = clock.seconds
-            seconds["reward_wait"] += scores.seconds
-            seconds["train"] -= scores.seconds
-            each = {name: [update[name] for update in updates] for name in updates[0]}
-            parts = all_gather_list([{
-                "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage,
-                "reasons": scores.reasons,
-                "mean": {name: each[name] for name in ("loss", "kl", "velocity_shift")}, "max": {},
-                "flops": flops, "stop": STOP.is_set()}])
-            record, flops = step_record(parts, rewards), sum(part["flops"] for part in parts)
-            log.append({"step": step, **record, "grad_norm": each["grad_norm"],
-                        "skipped_updates": sum(each["skipped"]),
-                        **speed_record(seconds, P * G, flops, peak, device)})
-            if rank == 0:
-                write_log(run / "log.jsonl", log, new=step == start)
-                curves = {r.name: [(line["step"], line["reward"].get(r.name, math.nan)) for line in log]
-                          for r in rewards}
-                line_chart(run / "curve.png", curves, "mean reward of the rollout", "step")
-                bar.set_postfix({name: f"{value:.3f}" for name, value in record["reward"].items()})
-            if record["constant_groups"] == 1 and rank == 0:
-                tqdm.write(f"step {step}: no group has a preference, its scores are all equal or missing")
-            if any(part["stop"] for part in parts):
-                return leave(step + 1)
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save_checkpoint(run / "checkpoint", step + 1, policy, optimizer, old)
-        return True
 
-    if not train():
-        return
+def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
+    """Add the gradients of one prompt's images, advantage (G,), to what there is, and losses and shifts to
+    `sums`.
+    """
+    prefixes = [run.policy.prefix([prompt], run.grid) for prompt in prompts]
+    leaves = [*map(detach_prefix, prefixes)]
+    for m, micro in enumerate(run.micro_batches):
+        x, v_target, t = rows(run, states, group, micro)
+        r = optimality(advantage[[g for _, g in micro]], run.adv_max).to(run.device)           # (B,)
+        v = guided_velocity(run.policy, x, t.flatten(), *leaves, cfg=run.cfg)                  # (B, N, C)
+        loss = nft_loss(v, v_old[group, m], v_target, r, run.args.beta)
+        sums.loss += loss.detach()
+        sums.shifts.append((v.detach() - v_old[group, m]).pow(2).mean())
+        if run.reference:
+            penalty = kl_loss(v, v_ref[group, m])
+            sums.kl += penalty.detach()
+            loss = loss + run.args.kl_coef * penalty
+        (loss * run.scale).backward()
+    backward_prefixes(prefixes, leaves)
 
-    # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
-    save_model(run / "model", root, policy, cfg, [reward.name for reward in rewards])
-    if args.save_every and start < args.steps:
-        save_checkpoint(run / "checkpoint", args.steps, policy, optimizer, old)
-    again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
-    stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
 
-    # ---- 11. the final table (same in grpo, nft) -----------------------------------------------------------
-    optimizer.state.clear()  # the table needs its memory
+def update(run, step, number, ids, states, v_old, v_ref, scores):
+    """The step's optimizer step of this number, on its own groups; what is logged of it."""
+    # with room, weights stay gathered and gradients are reduced once, at the update's end
+    keep_gathered(run.policy, run.memory.gathered, run.memory.once)
+    zero = torch.zeros((), device=run.device)
+    sums = SimpleNamespace(loss=zero.clone(), kl=zero.clone(), shifts=[])
+    groups = len(ids) // run.U
+    own = range(number * groups, (number + 1) * groups)
+    for group in own:
+        train_group(run, group, run.encoded[ids[group]][:run.branches], states, scores.advantage_of(group),
+                    v_old, v_ref, sums)
+    if run.memory.once:
+        reduce_gradients(run.policy)
+    if number == 0:
+        scores.check(run.args.max_reward_failures)
+    norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
+    run.bad = 0 if stepped else run.bad + 1
+    if run.bad == BAD_UPDATES:
+        raise StopTraining(DIVERGED.format(bad=run.bad, norm=norm))
+    return statistics(run, sums) | {"grad_norm": norm, "skipped": not stepped}
+
+
+def statistics(run, sums):
+    """Of an update."""
+    return {"loss": sums.loss.item() * run.scale, "kl": sums.kl.item() * run.scale,
+            "velocity_shift": torch.stack(sums.shifts).mean().sqrt().item()}
+
+
+def train_step(run, step):
+    """Roll out, score, frozen velocities, updates: the step's line of the log. StopTraining before the first
+    update.
+    """
+    ids, clock = run.shares[step], Clock(run.device)
+    scores = StepScores(run.rewards, [run.requests[i] for i in ids], run.G)
+
+    # roll out by the old policy; a decoded batch is scored in the background from here on
+    fill(run.slot, run.old)
+    seat_judges(run.rewards, run.device)
+    states = roll_out(run, step, ids, scores)
+    clock.lap("rollout")
+
+    # frozen velocities, before the first update
+    v_old, v_ref = frozen_velocities(run, ids, states), {}
+    if run.reference:
+        fill(run.slot, run.reference)
+        v_ref = frozen_velocities(run, ids, states)
+    clock.lap("frozen")
+
+    # local judges leave before training; other rewards are waited for group by group
+    scores.wait_for_local()
+    if not run.memory.judges_stay:
+        unseat_judges(run.rewards)
+    clock.lap("reward_wait")
+    if run.device.type == "cuda":
+        run.sampler.drop()  # the updates need the memory
+    if stopping():
+        raise StopTraining
+
+    updates = [update(run, step, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
+    decay = min(run.args.old_decay, step / (step + 10))                                         # difference 3
+    for row, new in zip(run.old, own_rows(run.policy)):
+        # on the GPU: the host takes seconds for the 7B
+        row.copy_(row.to(run.device).lerp_(new.to(run.device), 1 - decay))
+    clock.lap("train")
+    return log_line(run, ids, scores, updates, clock.seconds)
+
+
+def log_line(run, ids, scores, updates, seconds):
+    """Of a step, over all ranks."""
+    flops = sum(forward_flops(run.config, run.tokens, run.encoded[i][0]) for i in ids) * run.G
+    flops *= run.T * (1 + (run.cfg != 1)) + run.branches * run.args.draws * (4 + bool(run.reference))
+    seconds["reward_wait"] += scores.seconds
+    seconds["train"] -= scores.seconds
+    each = {name: [update[name] for update in updates] for name in updates[0]}
+    mean = {name: each[name] for name in ("loss", "kl", "velocity_shift")}
+    parts = all_gather_list([{
+        "scores": scores.scores, "weights": scores.weights, "advantage": scores.advantage,
+        "reasons": scores.reasons, "mean": mean, "max": {}, "flops": flops}])
+    record, flops = step_record(parts, run.rewards), sum(part["flops"] for part in parts)
+    return record | {"grad_norm": each["grad_norm"], "skipped_updates": sum(each["skipped"]),
+                     **speed_record(seconds, run.P * run.G, flops, run.peak, run.device)}
+
+
+def show(run, log, bar):
+    """The last line of the log, and the curve."""
+    last = log[-1]
+    curves = {reward.name: [(line["step"], line["reward"].get(reward.name, math.nan)) for line in log]
+              for reward in run.rewards}
+    line_chart(run.folder / "curve.png", curves, "mean reward of the rollout", "step")
+    bar.set_postfix({name: f"{value:.3f}" for name, value in last["reward"].items()})
+    if last["constant_groups"] == 1:
+        tqdm.write(f"step {last['step']}: no group has a preference, its scores are all equal or missing")
+
+
+def save(run, step, keep=False):
+    save_checkpoint(run.folder / "checkpoint", step, run.policy, run.optimizer, run.old, keep)
+
+
+# ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
+
+
+def leave(run, step, trouble=None):
+    """End before a step: asked to, or because of what went wrong."""
+    where = f"--name {run.folder.name}"
+    if step > run.start:
+        save(run, step, keep=bool(trouble))
+    if trouble:
+        raise UserError(f"step {step}: {trouble}\n{resume_command(run.args, where)}")
+    stopped(run.args, step, where)
+
+
+def train(run):
+    """All steps; True if they were done, and the run not left before."""
+    args, log = run.args, read_log(run.folder / "log.jsonl", run.start) if run.args.resume else []
+    stop_gently(run.rank)
+    bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=run.rank > 0,
+               dynamic_ncols=True)
+    for step in bar:
+        if args.sample_every and step % args.sample_every == 0:
+            fill(run.slot, own_rows(run.policy))
+            run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+        try:
+            log.append({"step": step, **train_step(run, step)})
+        except StopTraining as reason:
+            return leave(run, step, *reason.args)
+        if run.rank == 0:
+            write_log(run.folder / "log.jsonl", log, new=step == run.start)
+            show(run, log, bar)
+        if stopping():
+            return leave(run, step + 1)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save(run, step + 1)
+    return True
+
+
+# ---- 11. the end (same in grpo, nft) -----------------------------------------------------------------------
+
+
+def finish(run):
+    """The model, then the last checkpoint, which is larger: a disk that is full by then keeps the model. Then
+    the final table.
+    """
+    args, folder = run.args, run.folder
+    save_model(folder / "model", run.root, run.policy, run.cfg, [reward.name for reward in run.rewards])
+    if args.save_every and run.start < args.steps:
+        save(run, args.steps)
+    again = f"; make it: {resume_command(args, f'--name {folder.name}')}" if args.save_every else ""
+    stop_at_once(run.rank, f"{folder / 'model'} is complete, the final table is not{again}")
+    run.optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
-        number = math.ceil(args.eval_images / len(heldout))
-        seat_judges(rewards + judges, device)
-        load_weights(slot, root / "transformer")
-        before, pictures_before = pictures.scores(rewards + judges, number, cfg)
-        fill(slot, own_rows(policy))
-        after, pictures_after = pictures.scores(rewards + judges, number, cfg)
-        if rank == 0:
-            title = f"{len(heldout)} held-out prompts x {number} images, guidance {cfg:g}, same seeds"
-            report(run, rewards + judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
-                           pictures_after[:pictures.SHOWN], titles=("base", "trained"))
-    if rank == 0:
-        print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
+        judges = run.rewards + run.judges
+        seat_judges(judges, run.device)
+        run.pictures.final_table(folder, run.root, own_rows(run.policy), judges, args.eval_images,
+                                 {"base": run.cfg, "trained": run.cfg})
+    if run.rank == 0:
+        print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
+
+
+def main(argv=None):
+    run = set_up(parse_args(argv))
+    load_data(run)
+    make_schedule(run)
+    load_models(run)
+    create_shared(run.folder / "samples")
+    if run.rank == 0:
+        describe(run)
+    if train(run):
+        finish(run)
 
 
 if __name__ == "__main__":

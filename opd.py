@@ -26,23 +26,21 @@ Differs from the paper:
 """
 
 import argparse
-import math
 import time
 from typing import NamedTuple
 from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    STOP, ArgumentParser, Clock, HeldOut, Job, Sampler, UserError, all_gather_list, backward_prefixes,
+    ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError, all_gather_list, backward_prefixes,
     bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype, create_shared,
     describe_run, detach_prefix, directory_name, encode_prompts, fill, find_model, forward_flops, free_memory,
-    guidance_source, guided_velocity, image_grid_png, image_side, keep_gathered, line_chart, load_checkpoint,
-    load_prompts, load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak,
-    network_width, new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids,
-    prompts_per_step, rank_share, read_config, read_log, reduce_gradients, release, report, resume_command,
-    sample, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record,
-    stop_at_once, stop_gently, stopped, stopping, synchronize, tiny_prompts, vlm_bytes, weight_bytes,
-    write_log)
+    guidance_source, guided_velocity, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts,
+    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
+    new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
+    rank_share, read_config, read_log, reduce_gradients, release, resume_command, sample, sampling_settings,
+    save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped,
+    stopping, synchronize, tiny_prompts, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -50,6 +48,7 @@ CPU = torch.device("cpu")
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 BAD_UPDATES = 3  # so many in a row that are not finite stop the run
 SAVED_BYTES = 12  # of a checkpoint, per parameter: weights and Adam's moments in fp32
+LR = 2e-5  # of AdamW at width 4096; Adam's steps should shrink with width
 
 # what --resume may change
 FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_batch", "max_reward_failures",
@@ -101,8 +100,7 @@ def parse_args(argv=None):
     add("--rollout-batch", type=bounded(int, 1), metavar="B",
         help="images sampled at once (default: 64 on a CPU, 8 on a GPU)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=bounded(float, 0, above=True),
-        help="AdamW (default: 2e-5 x 4096 / width, as Adam's steps should shrink with width)")
+    add("--lr", type=bounded(float, 0, above=True), help=f"AdamW (default: {LR:g} x 4096 / width)")
     add("--dt-weighting", action="store_true",
         help="weigh every state by its step's |dt| (Eq. 18; default: equally, Eq. 14)")
     add("--updates-per-rollout", type=bounded(int, 1), default=1, metavar="U",
@@ -198,9 +196,9 @@ def opd_loss(v, v_teacher, weight):
 # ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("step {step}: {bad} updates in a row had a loss or gradient that is not finite (norm {norm}); "
-            "none was applied. See log.jsonl and samples/ for what went wrong before; --resume continues "
-            "from step {step}, with a lower --lr, or from the checkpoint before if you remove this one")
+DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
+            "applied. See log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or "
+            "the checkpoint before, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -216,254 +214,328 @@ def apply_update(policy, optimizer, loss, grad_clip):
     return norm.item(), finite
 
 
-def main(argv=None):
-    # ---- 6. setup ------------------------------------------------------------------------------------------
-    args = parse_args(argv)
-    rank, world, device = setup()
-    cuda, dtype = device.type == "cuda", compute_dtype(device)
-    root = find_model(args.model)
-    policy = new_transformer(root, torch.float32)
-    config = policy.config
-    grid, t, base_cfg = sampling_settings(root, args.size, args.sampler_steps)
-    tokens, T = grid[0] * grid[1], len(t) - 1
-    lr = 2e-5 * 4096 / network_width(config) if args.lr is None else args.lr
-    micro_batch = args.micro_batch or max(1, (8192 if cuda else 512) // tokens)
-    batch = args.rollout_batch or (8 if cuda else 64)
-    G, U = args.group_size, args.updates_per_rollout
-    trained = trained_steps(args.train_timesteps, T)
+# ---- 6. setup ----------------------------------------------------------------------------------------------
 
-    # ---- 7. data -------------------------------------------------------------------------------------------
-    requests, heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
-    P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(requests), world, U)
-    shares = [rank_share(prompt_ids(step, len(requests), P, args.seed), U, rank, world)
-              for step in range(args.steps)]
-    eval_ids = list(range(rank, len(heldout), world))
-    roots = teacher_roots(args.teacher, requests, args.prompts)
-    judges = load_rewards(args.judge, root)
-    check_rewards(judges, heldout)
-    run = open_run(args, args.teacher, rank)
-    check_disk(run, policy, SAVED_BYTES * bool(args.save_every))
-    used = {i: requests[i] for share in shares for i in share}
-    vae = load_vae(root, device, dtype)
-    encoded = encode_prompts(root, vae, used | {("heldout", i): heldout[i] for i in eval_ids}, grid, device)
 
-    # ---- 8. rewards, memory, models ------------------------------------------------------------------------
-    load_vlms(judges, device)
+def set_up(args):
+    """A run: the one namespace on which everything below works. Here its processes, its sizes and the
+    schedule of its sampler.
+    """
+    run = SimpleNamespace(args=args, bad=0)
+    run.rank, run.world, run.device = setup()
+    run.root = find_model(args.model)
+    run.policy = new_transformer(run.root, torch.float32)
+    run.config = run.policy.config
+    run.grid, run.t, run.base_cfg = sampling_settings(run.root, args.size, args.sampler_steps)
+    run.cfg = 1.0  # the student's
+    run.tokens, run.T = run.grid[0] * run.grid[1], len(run.t) - 1                             # t (T+1,)
+    run.trained = trained_steps(args.train_timesteps, run.T)
+    run.G, run.U = args.group_size, args.updates_per_rollout
+    run.lr = LR * 4096 / network_width(run.config) if args.lr is None else args.lr
+    on_gpu = run.device.type == "cuda"
+    run.batch = args.rollout_batch or (8 if on_gpu else 64)
+    run.micro_batch = args.micro_batch or max(1, (8192 if on_gpu else 512) // run.tokens)
+    return run
+
+
+# ---- 7. data -----------------------------------------------------------------------------------------------
+
+
+def load_data(run):
+    """Prompts, who has which of them in what step, teachers, the run's folder; then the prompts, encoded."""
+    args = run.args
+    run.requests, run.heldout = load_prompts(args.prompts), load_prompts(args.eval_prompts)
+    run.P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(run.requests), run.world,
+                                                     run.U)
+    run.steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
+    run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in run.steps]
+    run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
+    run.roots = teacher_roots(args.teacher, run.requests, args.prompts)
+    run.judges = load_rewards(args.judge, run.root)
+    check_rewards(run.judges, run.heldout)
+    run.folder = open_run(args, args.teacher, run.rank)
+    check_disk(run.folder, run.policy, SAVED_BYTES * bool(args.save_every))
+    run.vae = load_vae(run.root, run.device, compute_dtype(run.device))
+    used = {i: run.requests[i] for share in run.shares for i in share}
+    used |= {("heldout", i): run.heldout[i] for i in run.eval_ids}
+    run.encoded = encode_prompts(run.root, run.vae, used, run.grid, run.device)
+
+
+# ---- 8. schedule, memory, models ---------------------------------------------------------------------------
+
+
+def make_schedule(run):
+    """Weights of the sampler's steps, and the micro-batches of a group, which share one prefix."""
+    weight = run.t.diff().abs() * run.T if run.args.dt_weighting else torch.ones(run.T)
+    run.weight = weight.to(run.device)                                                                  # (T,)
+    pairs = [(k, g) for k in run.trained for g in range(run.G)]
+    run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
     # sum over rows -> mean over the update; FSDP averages over ranks
-    scale = world / (P * G * len(trained) / U)
-    weight = (t.diff().abs() * T if args.dt_weighting else torch.ones(T)).to(device)                    # (T,)
-    # the rows of a group; its micro-batches share one prefix
-    pairs = [(k, g) for k in trained for g in range(G)]
-    micro_batches = [pairs[i:i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    state_floats = P // world * G * tokens * config["in_channels"]  # of one latent for every image of a step
-    longest = longest_prefix(encoded, 2)
-    checkpointing = cuda if args.checkpointing is None else args.checkpointing
-    own_size = sum(param.numel() for param in policy.parameters()) // world  # parameters, a rank's own rows
-    memory = plan_memory(config, vae.config, device, Job(
-        tokens=tokens, batch=batch, rows=micro_batch, pair=longest, prefix=longest_prefix(encoded, 1),
-        kept=8 * state_floats * len(trained),
-        encoder=weight_bytes(root / "text_encoder"), table=vlm_bytes(judges),
-        parked=len(roots) * dtype.itemsize * own_size,
+    run.scale = run.world / (run.P * run.G * len(run.trained) / run.U)
+
+
+def load_models(run):
+    """The student, and the slot: a whole network on every rank, never trained, that `fill` turns into the
+    student for sampling, then into the teachers.
+    """
+    args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
+    load_vlms(run.judges, device)
+    checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
+    state_floats = run.P // run.world * run.G * run.tokens * run.config["in_channels"]  # a latent per image
+    own_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank's own rows
+    longest = longest_prefix(run.encoded, 2)
+    run.memory = plan_memory(run.config, run.vae.config, device, Job(
+        tokens=run.tokens, batch=run.batch, rows=run.micro_batch, pair=longest,
+        prefix=longest_prefix(run.encoded, 1), kept=8 * state_floats * len(run.trained),
+        encoder=weight_bytes(run.root / "text_encoder"), table=vlm_bytes(run.judges),
+        parked=len(run.roots) * dtype.itemsize * own_size,
         offload=args.offload, checkpointing=checkpointing))
 
-    # the slot: a whole network on every rank, never trained, that `fill` turns into the student for sampling,
-    # then teachers
-    slot = new_transformer(root, dtype).to_empty(device=device).requires_grad_(False)
+    run.slot = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        compile_blocks(slot, policy)
-    policy = materialise(shard(policy, device, args.offload), root, CPU if args.offload else device)
-    policy.checkpointing = checkpointing
-    teachers = {}
-    # through the student's storage: a rank reads and keeps its own rows alone
-    for task, teacher in roots.items():
-        own = read_config(teacher / "model_index.json").get("_sampling", {})
-        guidance = own.get("guidance_scale", 1.0) if args.teacher_cfg is None else args.teacher_cfg
-        teacher_rows = park(own_rows(load_weights(policy, teacher / "transformer")), dtype)
-        teachers[task] = Teacher(teacher_rows, guidance, own.get("trained_on", []))
-    load_weights(policy, root / "transformer")
+        compile_blocks(run.slot, run.policy)
+    run.policy = materialise(shard(run.policy, device, args.offload), run.root,
+                             CPU if args.offload else device)
+    run.policy.checkpointing = checkpointing
+    run.teachers = {task: load_teacher(run, root, dtype) for task, root in run.roots.items()}
+    load_weights(run.policy, run.root / "transformer")
     # eps is small because gradients are: the loss is a mean over dimensions
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0,
-                                  fused=True)
-    start = load_checkpoint(run / "checkpoint", policy, optimizer) if args.resume else 0
-    optimizer.param_groups[0]["lr"] = lr  # --resume may bring another
-    sampler = Sampler(slot, cuda and not args.offload if args.graph is None else args.graph, longest,
-                      args.cudnn)
-    pictures = HeldOut(heldout, eval_ids, encoded, sampler, vae, grid, t, args.seed, batch)
-    peak = matmul_peak(device)
-    create_shared(run / "samples")
-    if rank == 0:
-        describe_run(run, args, policy, device, f"{P} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}",
-                     requests, heldout)
-        print(f"sampler: {T} steps, unguided student; trained at t = "
-              f"{', '.join(f'{t[k]:.3f}' for k in trained)}; lr {lr:.2g}")
-        for task, teacher in teachers.items():
-            print(f"teacher {task}: guidance {teacher.cfg:g} "
-                  f"({guidance_source(roots[task], args.teacher_cfg, '--teacher-cfg')}); {roots[task]}")
+    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=run.lr, betas=(0.9, 0.95), eps=1e-10,
+                                      weight_decay=0, fused=True)
+    run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
+    run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
+    run.sampler = Sampler(run.slot, on_gpu and not args.offload if args.graph is None else args.graph,
+                          longest, args.cudnn)
+    run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
+                           args.seed, run.batch)
+    run.peak = matmul_peak(device)
 
-    # ---- 9. the parts of a step ----------------------------------------------------------------------------
-    def rows(states, group, micro):
-        """x (B, N, C) and t (B,) of a micro-batch."""
-        return torch.stack([states[k][group, g] for k, g in micro]), t[[k for k, _ in micro]].to(device)
 
-    def roll_out(step, ids):
-        """The student's own unguided trajectory, {k: x (groups, G, N, C)} of the trained steps; nothing is
-        decoded.
-        """
-        images = [(step, i, g) for i in ids for g in range(G)]
-        ode = torch.zeros(T)
-        batches = sample(sampler, encoded, images, grid, t, ode, 1.0, args.seed, batch, trained)
-        states = [kept for *_, kept in batches]
-        return {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), G)) for k in trained}
+def load_teacher(run, root, dtype):
+    """Through the student's storage: a rank reads and keeps its own rows alone."""
+    own = read_config(root / "model_index.json").get("_sampling", {})
+    cfg = own.get("guidance_scale", 1.0) if run.args.teacher_cfg is None else run.args.teacher_cfg
+    teacher_rows = park(own_rows(load_weights(run.policy, root / "transformer")), dtype)
+    return Teacher(teacher_rows, cfg, own.get("trained_on", []))
 
-    @torch.no_grad()
-    def teacher_velocities(task, ids, states):
-        """Guided velocities by the task's teacher, in the slot, on the very micro-batches that will be
-        trained: {(group, m): v}.
-        """
-        velocities, cfg = {}, teachers[task].cfg
-        for group in (group for group, i in enumerate(ids) if requests[i].task == task):
-            prefixes = [slot.prefix([prompt], grid) for prompt in encoded[ids[group]][:2 if cfg != 1 else 1]]
-            for m, micro in enumerate(micro_batches):
-                velocities[group, m] = guided_velocity(slot, *rows(states, group, micro), *prefixes, cfg=cfg)
-        return velocities
 
-    def train_group(group, prompt, states, v_teacher, sums):
-        """Add the gradients of one prompt's images to what there is, and losses and errors to `sums`."""
-        prefix = policy.prefix([prompt], grid)
-        leaves = detach_prefix(prefix)
-        for m, micro in enumerate(micro_batches):
-            v = policy.velocity(*rows(states, group, micro), leaves)                      # (B, N, C) unguided
-            loss, error = opd_loss(v, v_teacher[group, m], weight[[k for k, _ in micro]])
-            sums.errors.append(error)
-            sums.loss += loss.detach()
-            (loss * scale).backward()
-        backward_prefixes([prefix], [leaves])
+def describe(run):
+    """The header."""
+    images = f"{run.P} prompts x {run.G} images of {16 * run.grid[1]}x{16 * run.grid[0]}"
+    describe_run(run.folder, run.args, run.policy, run.device, images, run.requests, run.heldout)
+    print(f"sampler: {run.T} steps, unguided student; trained at t = "
+          f"{', '.join(f'{run.t[k]:.3f}' for k in run.trained)}; lr {run.lr:.2g}")
+    for task, teacher in run.teachers.items():
+        source = guidance_source(run.roots[task], run.args.teacher_cfg, "--teacher-cfg")
+        print(f"teacher {task}: guidance {teacher.cfg:g} ({source}); {run.roots[task]}")
 
-    def leave(step):
-        """End before a step."""
-        if step > start:
-            save_checkpoint(run / "checkpoint", step, policy, optimizer)
-        stopped(args, step, f"--name {run.name}")
 
-    # ---- 10. train -----------------------------------------------------------------------------------------
-    def train():
-        """All steps; True if they were done, and the run not left before."""
-        log, bad = read_log(run / "log.jsonl", start) if args.resume else [], 0
-        stop_gently(rank)
-        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
-                   dynamic_ncols=True)
-        for step in bar:
-            fill(slot, own_rows(policy))
-            if args.sample_every and step % args.sample_every == 0:
-                pictures.save_grid(run / "samples" / f"{step:06d}.png", 1.0)
-            ids, clock = shares[step], Clock(device)
+# ---- 9. the parts of a step --------------------------------------------------------------------------------
 
-            # roll out by the student
-            states = roll_out(step, ids)
-            clock.lap("rollout")
 
-            # the teachers take the slot in turn; every rank loads those that any rank needs
-            v_teacher, swap_seconds = {}, 0.0
-            for task in sorted({requests[i].task for i in prompt_ids(step, len(requests), P, args.seed)},
-                               reverse=True):
-                began = time.perf_counter()
-                fill(slot, teachers[task].rows)
-                synchronize(device)
-                swap_seconds += time.perf_counter() - began
-                v_teacher |= teacher_velocities(task, ids, states)
-            clock.lap("teachers")
-            if cuda:
-                sampler.drop()  # the updates need the memory
-            if stopping():  # nothing of this step has been trained
-                return leave(step)
+def roll_out(run, step, ids):
+    """The student's own unguided trajectory, {k: x (groups, G, N, C)} of the trained steps; nothing is
+    decoded.
+    """
+    images = [(step, i, g) for i in ids for g in range(run.G)]
+    batches = sample(run.sampler, run.encoded, images, run.grid, run.t, torch.zeros(run.T), run.cfg,
+                     run.args.seed, run.batch, run.trained)
+    states = [kept for *_, kept in batches]
+    return {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), run.G))
+            for k in run.trained}
 
-            # updates, each on its own groups
-            errors, losses, norms, skipped, groups = [], [], [], 0, len(ids) // U
-            for update in range(U):
-                # with room, weights stay gathered and gradients are reduced once, at the update's end
-                keep_gathered(policy, memory.gathered, memory.once)
-                sums = SimpleNamespace(loss=torch.zeros((), device=device), errors=errors)
-                for group in range(update * groups, (update + 1) * groups):
-                    train_group(group, encoded[ids[group]][0], states, v_teacher, sums)
-                if memory.once:
-                    reduce_gradients(policy)
-                norm, stepped = apply_update(policy, optimizer, sums.loss, args.grad_clip)
-                bad, skipped = 0 if stepped else bad + 1, skipped + (not stepped)
-                if bad == BAD_UPDATES:
-                    save_checkpoint(run / "checkpoint", step, policy, optimizer, keep=True)
-                    raise UserError(DIVERGED.format(step=step, bad=bad, norm=norm))
-                losses.append(sums.loss.item() * scale)
-                norms.append(norm)
-            clock.lap("train")
 
-            # one line a step
-            flops = sum(forward_flops(config, tokens, encoded[i][0]) for i in ids)
-            guided = sum(forward_flops(config, tokens,
-                                       encoded[i][0]) * (1 + (teachers[requests[i].task].cfg != 1))
-                         for i in ids)
-            flops = G * ((T + 3 * len(trained)) * flops + len(trained) * guided)
-            seconds = {"rollout": clock.seconds["rollout"],
-                       "teachers": clock.seconds["teachers"] - swap_seconds, "swap": swap_seconds,
-                       "train": clock.seconds["train"]}
-            # per group and trained step
-            error = torch.cat(errors).view(len(ids), len(trained), G).mean(2).tolist()
-            parts = all_gather_list([{"error": [(requests[i].task, row) for i, row in zip(ids, error)],
-                                      "loss": losses, "flops": flops,
-                                      "stop": STOP.is_set()}])
-            found = [pair for part in parts for pair in part["error"]]
-            by_task = {task: [sum(column) / len(column)
-                              for column in zip(*(row for of, row in found if of == task))]
-                       for task in teachers}
-            log.append({"step": step,
-                        "loss": [sum(v) / world for v in zip(*(part["loss"] for part in parts))],
-                        "velocity_error": by_task,
-                        "grad_norm": norms, "skipped_updates": skipped,
-                        **speed_record(seconds, P * G, sum(part["flops"] for part in parts), peak, device)})
-            if rank == 0:
-                write_log(run / "log.jsonl", log, new=step == start)
-                curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(trained))
-                                 for line in log
-                                 if line["velocity_error"][task]] for task in teachers}
-                line_chart(run / "curve.png", curves, "velocity error to the teacher on the student's states",
-                           "step")
-                bar.set_postfix({task: f"{sum(error) / len(error):.4f}"
-                                 for task, error in by_task.items() if error})
-            if any(part["stop"] for part in parts):
-                return leave(step + 1)
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save_checkpoint(run / "checkpoint", step + 1, policy, optimizer)
-        return True
+def rows(run, states, group, micro):
+    """x (B, N, C) and t (B,) of a micro-batch."""
+    x = torch.stack([states[k][group, g] for k, g in micro])
+    return x, run.t[[k for k, _ in micro]].to(run.device)
 
-    if not train():
-        return
 
-    # the model before the last checkpoint, which is larger: a disk that is full by then keeps the model
-    save_model(run / "model", root, policy, 1.0,
-               [name for teacher in teachers.values() for name in teacher.trained_on])
-    if args.save_every and start < args.steps:
-        save_checkpoint(run / "checkpoint", args.steps, policy, optimizer)
-    again = f"; make it: {resume_command(args, f'--name {run.name}')}" if args.save_every else ""
-    stop_at_once(rank, f"{run / 'model'} is complete, the final table is not{again}")
+@torch.no_grad()
+def teacher_velocities(run, task, ids, states):
+    """Guided velocities by the task's teacher, in the slot, on the very micro-batches that will be trained:
+    {(group, m): v (B, N, C)}.
+    """
+    velocities, cfg = {}, run.teachers[task].cfg
+    for group in (group for group, i in enumerate(ids) if run.requests[i].task == task):
+        branches = run.encoded[ids[group]][:2 if cfg != 1 else 1]
+        prefixes = [run.slot.prefix([prompt], run.grid) for prompt in branches]
+        for m, micro in enumerate(run.micro_batches):
+            x, t = rows(run, states, group, micro)
+            velocities[group, m] = guided_velocity(run.slot, x, t, *prefixes, cfg=cfg)
+    return velocities
 
-    # ---- 11. the final table -------------------------------------------------------------------------------
-    optimizer.state.clear()  # the table needs its memory
+
+def train_group(run, group, prompt, states, v_teacher, sums):
+    """Add the gradients of one prompt's images to what there is, and losses and errors to `sums`."""
+    prefix = run.policy.prefix([prompt], run.grid)
+    leaves = detach_prefix(prefix)
+    for m, micro in enumerate(run.micro_batches):
+        x, t = rows(run, states, group, micro)
+        v = run.policy.velocity(x, t, leaves)                                             # (B, N, C) unguided
+        loss, error = opd_loss(v, v_teacher[group, m], run.weight[[k for k, _ in micro]])
+        sums.loss += loss.detach()
+        sums.errors.append(error)
+        (loss * run.scale).backward()
+    backward_prefixes([prefix], [leaves])
+
+
+def update(run, step, number, ids, states, v_teacher):
+    """The step's optimizer step of this number, on its own groups; what is logged of it."""
+    # with room, weights stay gathered and gradients are reduced once, at the update's end
+    keep_gathered(run.policy, run.memory.gathered, run.memory.once)
+    sums = SimpleNamespace(loss=torch.zeros((), device=run.device), errors=[])
+    groups = len(ids) // run.U
+    for group in range(number * groups, (number + 1) * groups):
+        train_group(run, group, run.encoded[ids[group]][0], states, v_teacher, sums)
+    if run.memory.once:
+        reduce_gradients(run.policy)
+    norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
+    run.bad = 0 if stepped else run.bad + 1
+    if run.bad == BAD_UPDATES:
+        raise StopTraining(DIVERGED.format(bad=run.bad, norm=norm))
+    error = torch.cat(sums.errors).view(groups, len(run.trained), run.G).mean(2)
+    return {"loss": sums.loss.item() * run.scale, "error": error, "grad_norm": norm, "skipped": not stepped}
+
+
+def train_step(run, step):
+    """Roll out, teachers' velocities, updates: the step's line of the log. StopTraining before the first
+    update.
+    """
+    ids, clock = run.shares[step], Clock(run.device)
+
+    # roll out by the student
+    fill(run.slot, own_rows(run.policy))
+    states = roll_out(run, step, ids)
+    clock.lap("rollout")
+
+    # the teachers take the slot in turn; every rank loads those that any rank needs
+    v_teacher, swap_seconds = {}, 0.0
+    for task in sorted({run.requests[i].task for i in run.steps[step]}, reverse=True):
+        began = time.perf_counter()
+        fill(run.slot, run.teachers[task].rows)
+        synchronize(run.device)
+        swap_seconds += time.perf_counter() - began
+        v_teacher |= teacher_velocities(run, task, ids, states)
+    clock.lap("teachers")
+    clock.seconds["teachers"] -= swap_seconds
+    clock.seconds["swap"] = swap_seconds
+    if run.device.type == "cuda":
+        run.sampler.drop()  # the updates need the memory
+    if stopping():
+        raise StopTraining
+
+    updates = [update(run, step, number, ids, states, v_teacher) for number in range(run.U)]
+    clock.lap("train")
+    return log_line(run, ids, updates, clock.seconds)
+
+
+def log_line(run, ids, updates, seconds):
+    """Of a step, over all ranks."""
+    forward = [forward_flops(run.config, run.tokens, run.encoded[i][0]) for i in ids]
+    by_teachers = [1 + (run.teachers[run.requests[i].task].cfg != 1) for i in ids]
+    flops = run.G * sum(each * (run.T + len(run.trained) * (3 + branches))
+                        for each, branches in zip(forward, by_teachers))
+    errors = torch.cat([update["error"] for update in updates]).tolist()
+    parts = all_gather_list([{"error": [(run.requests[i].task, error) for i, error in zip(ids, errors)],
+                              "loss": [update["loss"] for update in updates], "flops": flops}])
+    found = [pair for part in parts for pair in part["error"]]
+    by_task = {}
+    for task in run.teachers:
+        columns = zip(*(error for of, error in found if of == task))
+        by_task[task] = [sum(column) / len(column) for column in columns]
+    return {"loss": [sum(v) / run.world for v in zip(*(part["loss"] for part in parts))],
+            "velocity_error": by_task, "grad_norm": [update["grad_norm"] for update in updates],
+            "skipped_updates": sum(update["skipped"] for update in updates),
+            **speed_record(seconds, run.P * run.G, sum(part["flops"] for part in parts), run.peak,
+                           run.device)}
+
+
+def show(run, log, bar):
+    """The last line of the log, and the curve."""
+    curves = {task: [(line["step"], sum(line["velocity_error"][task]) / len(run.trained)) for line in log
+                     if line["velocity_error"][task]] for task in run.teachers}
+    line_chart(run.folder / "curve.png", curves, "velocity error to the teacher on the student's states",
+               "step")
+    bar.set_postfix({task: f"{sum(error) / len(error):.4f}"
+                     for task, error in log[-1]["velocity_error"].items() if error})
+
+
+def save(run, step, keep=False):
+    save_checkpoint(run.folder / "checkpoint", step, run.policy, run.optimizer, keep=keep)
+
+
+# ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
+
+
+def leave(run, step, trouble=None):
+    """End before a step: asked to, or because of what went wrong."""
+    where = f"--name {run.folder.name}"
+    if step > run.start:
+        save(run, step, keep=bool(trouble))
+    if trouble:
+        raise UserError(f"step {step}: {trouble}\n{resume_command(run.args, where)}")
+    stopped(run.args, step, where)
+
+
+def train(run):
+    """All steps; True if they were done, and the run not left before."""
+    args, log = run.args, read_log(run.folder / "log.jsonl", run.start) if run.args.resume else []
+    stop_gently(run.rank)
+    bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=run.rank > 0,
+               dynamic_ncols=True)
+    for step in bar:
+        if args.sample_every and step % args.sample_every == 0:
+            fill(run.slot, own_rows(run.policy))
+            run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+        try:
+            log.append({"step": step, **train_step(run, step)})
+        except StopTraining as reason:
+            return leave(run, step, *reason.args)
+        if run.rank == 0:
+            write_log(run.folder / "log.jsonl", log, new=step == run.start)
+            show(run, log, bar)
+        if stopping():
+            return leave(run, step + 1)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save(run, step + 1)
+    return True
+
+
+# ---- 11. the end -------------------------------------------------------------------------------------------
+
+
+def finish(run):
+    """The model, then the last checkpoint, which is larger: a disk that is full by then keeps the model. Then
+    the final table.
+    """
+    args, folder = run.args, run.folder
+    trained_on = [name for teacher in run.teachers.values() for name in teacher.trained_on]
+    save_model(folder / "model", run.root, run.policy, run.cfg, trained_on)
+    if args.save_every and run.start < args.steps:
+        save(run, args.steps)
+    again = f"; make it: {resume_command(args, f'--name {folder.name}')}" if args.save_every else ""
+    stop_at_once(run.rank, f"{folder / 'model'} is complete, the final table is not{again}")
+    run.optimizer.state.clear()  # the table needs its memory
     free_memory()
     if args.eval_images:
-        number = math.ceil(args.eval_images / len(heldout))
-        seat_judges(judges, device)
-        load_weights(slot, root / "transformer")
-        before, pictures_before = pictures.scores(judges, number, base_cfg)
-        fill(slot, own_rows(policy))
-        after, pictures_after = pictures.scores(judges, number, 1.0)
-        if rank == 0:
-            title = (f"{len(heldout)} held-out prompts x {number} images, base with guidance {base_cfg:g}, "
-                     "student without, same seeds")
-            if judges:
-                report(run, judges, before, after, title)
-            image_grid_png(run / "samples" / "before_after.png", pictures_before[:pictures.SHOWN],
-                           pictures_after[:pictures.SHOWN], titles=("base", "student"))
-    if rank == 0:
-        print(f"curve: {run / 'curve.png'}   pictures: {run / 'samples'}   model: {run / 'model'}")
+        seat_judges(run.judges, run.device)
+        run.pictures.final_table(folder, run.root, own_rows(run.policy), run.judges, args.eval_images,
+                                 {"base": run.base_cfg, "student": run.cfg})
+    if run.rank == 0:
+        print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
+
+
+def main(argv=None):
+    run = set_up(parse_args(argv))
+    load_data(run)
+    make_schedule(run)
+    load_models(run)
+    create_shared(run.folder / "samples")
+    if run.rank == 0:
+        describe(run)
+    if train(run):
+        finish(run)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, STOP, ArgumentParser, Processor, UserError, VLMScorer, all_gather_list, as_umask_says,
-    bounded, check_keys, check_pictures, claim, command_line, compute_dtype, create_shared, device_memory,
-    download, expected_score, find_rubric, free_memory, full_weights, keep_gathered, line_chart,
-    load_checkpoint, load_vlm, matmul_peak, on_white, one_rank_at_a_time, open_picture, parse_run,
-    read_config, read_lines, read_text, release, remove, resume_command, save_checkpoint, score_text,
-    score_tokens, setup, shard_blocks, stop_at_once, stop_gently, stopped, write_text)
+    FAILED, RUBRICS, ArgumentParser, Processor, UserError, VLMScorer, all_gather_list, as_umask_says, bounded,
+    check_keys, check_pictures, claim, command_line, compute_dtype, create_shared, device_memory, download,
+    expected_score, find_rubric, free_memory, full_weights, keep_gathered, line_chart, load_checkpoint,
+    load_vlm, matmul_peak, on_white, one_rank_at_a_time, open_picture, parse_run, read_config, read_lines,
+    read_text, release, remove, resume_command, save_checkpoint, score_text, score_tokens, setup,
+    shard_blocks, stop_at_once, stop_gently, stopped, stopping, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -358,178 +359,241 @@ def open_part(args, out, rank):
     return part
 
 
-def main(argv=None):
-    # ---- 5. setup ------------------------------------------------------------------------------------------
-    args = parse_args(argv)
-    rank, world, device = setup()
-    cuda, out = device.type == "cuda", Path(args.out)
-    base = download(args.base)
-    beside = base.parent / "processor"
-    folder = download(args.processor) if args.processor else beside if beside.is_dir() else base
-    processor = Processor(folder)
-    if args.pixels:
-        processor.image_processor.size = dict(processor.image_processor.size) | {"shortest_edge": args.pixels}
-    tokens = score_tokens(processor.tokenizer)
-    if args.batch % world:
-        raise UserError(f"--batch {args.batch} is not a multiple of {world} ranks")
+# ---- 5. setup ----------------------------------------------------------------------------------------------
 
-    # ---- 6. data -------------------------------------------------------------------------------------------
-    train, note = load_data(args.data, args.reward)
-    held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
-    size = {"pointwise": 1, "pairwise": 2}[args.objective]
-    if len(train[0]) != size:
+
+def set_up(args):
+    """A run: the one namespace on which everything below works. Here processes and the VLM's processor."""
+    run = SimpleNamespace(args=args, out=Path(args.out))
+    run.rank, run.world, run.device = setup()
+    run.base = download(args.base)
+    beside = run.base.parent / "processor"
+    run.processor_folder = run.base
+    if args.processor or beside.is_dir():
+        run.processor_folder = download(args.processor) if args.processor else beside
+    run.processor = Processor(run.processor_folder)
+    if args.pixels:
+        size = dict(run.processor.image_processor.size)
+        run.processor.image_processor.size = size | {"shortest_edge": args.pixels}
+    run.tokens = score_tokens(run.processor.tokenizer)
+    if args.batch % run.world:
+        raise UserError(f"--batch {args.batch} is not a multiple of {run.world} ranks")
+    return run
+
+
+# ---- 6. data -----------------------------------------------------------------------------------------------
+
+
+def load_examples(run):
+    """What is trained on and what is held out, [(example,) or (better, worse)], and the rubrics they ask for.
+    """
+    args = run.args
+    run.train, run.note = load_data(args.data, args.reward)
+    run.held_out = {path: load_data(path, args.reward)[0] for path in args.eval_data}
+    run.size = {"pointwise": 1, "pairwise": 2}[args.objective]
+    run.what = "scored pictures" if run.size == 1 else "pairs"
+    if len(run.train[0]) != run.size:
         raise UserError(f"--objective {args.objective}: {args.data} holds "
-                        f"{'pairs' if size == 1 else 'scored pictures'}")
-    if args.rubric and not any(example.reward == args.reward for row in train for example in row):
+                        f"{'pairs' if run.size == 1 else 'scored pictures'}")
+    if args.rubric and not any(example.reward == args.reward for row in run.train for example in row):
         raise UserError(f"--rubric: no line of {args.data} is about --reward {args.reward}; all name another "
                         "\"reward\"")
-    if len({Path(path).name for path in held_out}) < len(args.eval_data):
+    if len({Path(path).name for path in run.held_out}) < len(args.eval_data):
         raise UserError("--eval-data: the files must have different names")
-    names = sorted({example.reward for rows in (train, *held_out.values()) for row in rows for example in row}
-                   | {args.reward})
-    rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
+    everything = [example for rows in (run.train, *run.held_out.values()) for row in rows for example in row]
+    names = sorted({example.reward for example in everything} | {args.reward})
+    run.rubrics = {name: find_rubric(name) for name in names if name != args.reward or not args.rubric}
     if args.rubric:
-        rubrics[args.reward] = read_text(args.rubric).strip()
-    longest = max(len(processor.tokenizer(row[0].reasoning, add_special_tokens=False).input_ids)
-                  for row in train)
-    card = {"rubrics": rubrics, "reasoning": 2 * longest + 16 if longest else 0}
+        run.rubrics[args.reward] = read_text(args.rubric).strip()
+    tokenize = run.processor.tokenizer
+    longest = max(len(tokenize(row[0].reasoning, add_special_tokens=False).input_ids) for row in run.train)
+    run.reasoning = 2 * longest + 16 if longest else 0  # tokens that an answer may have
 
-    # ---- 7. model ------------------------------------------------------------------------------------------
-    part = open_part(args, out, rank)
-    mesh = init_device_mesh(device.type, (world,))
+
+# ---- 7. model ----------------------------------------------------------------------------------------------
+
+
+def load_model(run):
+    """The VLM, sharded, and its optimizer."""
+    args, device = run.args, run.device
+    run.part = open_part(args, run.out, run.rank)
+    mesh = init_device_mesh(device.type, (run.world,))
     with one_rank_at_a_time():  # it holds all of the VLM until it is sharded
-        vlm = load_vlm(base, "cpu", torch.float32).requires_grad_(True)
-        if cuda if args.checkpointing is None else args.checkpointing:
+        run.vlm = vlm = load_vlm(run.base, "cpu", torch.float32).requires_grad_(True)
+        if device.type == "cuda" if args.checkpointing is None else args.checkpointing:
             vlm.train().gradient_checkpointing_enable({"use_reentrant": False})
         if args.freeze_vision:
             vlm.model.visual.requires_grad_(False)
-        count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
-        states, room = 16 * count // world, device_memory(torch.device("cpu") if args.offload else device)
-        where = "in host memory" if args.offload else f"on each {device.type}"
-        taken = f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank"
-        place = f"{taken}, of {room / 2**30:.0f} {where}"
-        if states > room:
-            raise UserError(f"{place}: --offload keeps them in host memory, more GPUs share them, "
-                            "--freeze-vision trains fewer")
+        run.count = sum(param.numel() for param in vlm.parameters() if param.requires_grad)
+        run.room = check_room(run)
         shard_blocks(vlm, [*vlm.model.language_model.layers, *vlm.model.visual.blocks], mesh, args.offload)
-    trained = [param for param in vlm.parameters() if param.requires_grad]
+    run.trained = [param for param in vlm.parameters() if param.requires_grad]
     # torch's eps of 1e-8 damps parameters whose gradient is that small: of 8B parameters a gradient of norm 1
-    # has an rms of
-    # 1e-5, many have far less, and all have less as the loss falls
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01,
-                                  fused=True)
-    start = load_checkpoint(part / "checkpoint", vlm, optimizer) if args.resume else 0
-    micro_batch = args.micro_batch or (1 if cuda else 32)
-    if rank == 0:
-        print(f"{', '.join(rubrics)}: {count:,} trained parameters, {len(train)} "
-              f"{'scored pictures' if size == 1 else 'pairs'}{note}, {args.steps} steps of "
-              f"{args.batch}{', with reasoning' if longest else ''}; {place}")
+    # has an rms of 1e-5, many have far less, and all have less as the loss falls
+    run.optimizer = torch.optim.AdamW(run.trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-10,
+                                      weight_decay=0.01, fused=True)
+    run.start = load_checkpoint(run.part / "checkpoint", vlm, run.optimizer) if args.resume else 0
+    run.micro_batch = args.micro_batch or (1 if device.type == "cuda" else 32)
 
-    # ---- 8. train ------------------------------------------------------------------------------------------
-    def learn(examples, last):
-        """Add the gradients of a micro-batch, the `last` of its step or not: its loss, and tokens read."""
-        inputs, labels, place, y = collate(processor, rubrics, examples, device)
-        logits = vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits     # (B, T + 1, V)
-        logits = logits[:, :-1]                                                                # (B, T, V)
-        score, _ = expected_score(logits[:, -place], tokens)                                   # (B,)  Eq. 12
-        if args.objective == "pointwise":
-            loss = pointwise_loss(score, y)
-        else:
-            loss = pairwise_loss(score, args.margin_scale)
-        form = args.mass_coef * mass_loss(logits[:, -place], tokens)
-        form = form + args.answer_coef * answer_loss(logits, labels)
-        loss = loss + form / size
-        if last:  # every backward pass reaches the same parameters
-            vlm.set_requires_gradient_sync(True)
-        (loss * world / args.batch).backward()  # FSDP averages over ranks
-        return loss.item(), inputs["input_ids"].numel()
 
-    def take_steps():
-        """All steps; True if they were done, and the run not left before."""
-        running, rated, read, began = None, 0, 0, time.perf_counter()
-        bar = tqdm(range(start, args.steps), args.reward, args.steps, initial=start, disable=rank > 0,
-                   dynamic_ncols=True)
-        for step in bar:
-            numbers = batch_rows(step, len(train), args.batch, args.seed)[rank::world]
-            total = 0.0
-            if args.offload:
-                # or every micro-batch would move everything to the GPU and back
-                keep_gathered(vlm, True, True)
-            for first in range(0, len(numbers), micro_batch):
-                examples = [example for i in numbers[first:first + micro_batch] for example in train[i]]
-                loss, count_read = learn(examples, first + micro_batch >= len(numbers))
-                total += loss / args.batch
-                rated, read = rated + len(examples), read + count_read
-            parts = all_gather_list([(total, STOP.is_set())])
-            total, ending = sum(part[0] for part in parts), any(part[1] for part in parts)
-            release(vlm)
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).full_tensor().item()
-            if not math.isfinite(total + norm):
-                raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start "
-                                "again with a lower --lr")
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            running = total if running is None else 0.95 * running + 0.05 * total
-            bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}",
-                            grad_rms=f"{norm / count**0.5:.1e}")
-            due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps)
-            if ending or due:
-                save_checkpoint(part / "checkpoint", step + 1, vlm, optimizer)
-            if ending:
-                return stopped(args, step + 1, f"--out {args.out}")
-        if rank == 0 and rated:
-            seconds = time.perf_counter() - began
-            mfu = 6 * count * read / seconds / matmul_peak(device)
-            print(f"{world * rated / seconds:.1f} examples a second, MFU {mfu:.1%} (6 FLOPs per trained "
-                  "parameter and token)")
-        return True
+def check_room(run):
+    """What the masters take of the memory there is, in words; a UserError where they do not fit."""
+    offload = run.args.offload
+    states = 16 * run.count // run.world
+    room = device_memory(torch.device("cpu") if offload else run.device)
+    words = (f"{states / 2**30:.1f} GiB of fp32 weights, gradients and Adam a rank, of {room / 2**30:.0f} "
+             + ("in host memory" if offload else f"on each {run.device.type}"))
+    if states > room:
+        raise UserError(f"{words}: --offload keeps them in host memory, more GPUs share them, "
+                        "--freeze-vision trains fewer")
+    return words
 
-    stop_gently(rank)
-    if not take_steps():
-        return
 
-    # ---- 9. done -------------------------------------------------------------------------------------------
-    again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
-    stop_at_once(rank, f"trained, but not evaluated{again}")
-    weights = full_weights(vlm)
-    vlm = optimizer = trained = None  # their memory is needed
+# ---- 8. train ----------------------------------------------------------------------------------------------
+
+
+def learn(run, examples, last):
+    """Add the gradients of a micro-batch, the `last` of its step or not: its loss, and tokens read."""
+    args = run.args
+    inputs, labels, place, y = collate(run.processor, run.rubrics, examples, run.device)
+    logits = run.vlm(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits     # (B, T + 1, V)
+    logits = logits[:, :-1]                                                                    # (B, T, V)
+    score, _ = expected_score(logits[:, -place], run.tokens)                                   # (B,)  Eq. 12
+    if args.objective == "pointwise":
+        loss = pointwise_loss(score, y)
+    else:
+        loss = pairwise_loss(score, args.margin_scale)
+    form = args.mass_coef * mass_loss(logits[:, -place], run.tokens)
+    form = form + args.answer_coef * answer_loss(logits, labels)
+    loss = loss + form / run.size
+    if last:  # every backward pass reaches the same parameters
+        run.vlm.set_requires_gradient_sync(True)
+    (loss * run.world / args.batch).backward()  # FSDP averages over ranks
+    return loss.item(), inputs["input_ids"].numel()
+
+
+def train_step(run, step):
+    """One optimizer step: the loss of all ranks, the gradient's norm, examples and tokens of this rank."""
+    args, rated, read, total = run.args, 0, 0, 0.0
+    numbers = batch_rows(step, len(run.train), args.batch, args.seed)[run.rank::run.world]
+    if args.offload:  # or every micro-batch would move everything to the GPU and back
+        keep_gathered(run.vlm, True, True)
+    for first in range(0, len(numbers), run.micro_batch):
+        examples = [example for i in numbers[first:first + run.micro_batch] for example in run.train[i]]
+        loss, tokens = learn(run, examples, first + run.micro_batch >= len(numbers))
+        total += loss / args.batch
+        rated, read = rated + len(examples), read + tokens
+    total = sum(all_gather_list([total]))
+    release(run.vlm)
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, args.grad_clip).full_tensor().item()
+    if not math.isfinite(total + norm):
+        raise UserError(f"step {step}: the loss is {total:g} and the gradient's norm {norm:g}; start again "
+                        "with a lower --lr")
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.lr * (1 - step / args.steps) * min(1, (step + 1) / 20)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return total, norm, rated, read
+
+
+def train(run):
+    """All steps; True if they were done, and the run not left before."""
+    args, running, rated, read, began = run.args, None, 0, 0, time.perf_counter()
+    stop_gently(run.rank)
+    bar = tqdm(range(run.start, args.steps), args.reward, args.steps, initial=run.start,
+               disable=run.rank > 0, dynamic_ncols=True)
+    for step in bar:
+        loss, norm, more_rated, more_read = train_step(run, step)
+        rated, read = rated + more_rated, read + more_read
+        running = loss if running is None else 0.95 * running + 0.05 * loss
+        bar.set_postfix(loss=f"{running:.3f}", grad_norm=f"{norm:.2g}",
+                        grad_rms=f"{norm / run.count**0.5:.1e}")
+        ending, done = stopping(), step + 1
+        due = args.save_every and (done % args.save_every == 0 or done == args.steps)
+        if ending or due:
+            save_checkpoint(run.part / "checkpoint", done, run.vlm, run.optimizer)
+        if ending:
+            return stopped(args, done, f"--out {args.out}")
+    if run.rank == 0 and rated:
+        seconds = time.perf_counter() - began
+        mfu = 6 * run.count * read / seconds / matmul_peak(run.device)
+        print(f"{run.world * rated / seconds:.1f} examples a second, MFU {mfu:.1%} (6 FLOPs per trained "
+              "parameter and token)")
+    return True
+
+
+# ---- 9. the end --------------------------------------------------------------------------------------------
+
+
+def write_scorer(run):
+    """The trained VLM in bf16, in `part`, and its processor."""
+    weights = full_weights(run.vlm)
+    run.vlm = run.optimizer = run.trained = None  # their memory is needed
     free_memory()
-    if rank == 0:
-        plain = load_vlm(base, "cpu", torch.bfloat16)
+    if run.rank == 0:
+        plain = load_vlm(run.base, "cpu", torch.bfloat16)
         plain.load_state_dict(weights)
-        plain.save_pretrained(part)
-        as_umask_says(part)
-        copy_processor(folder, part, args.pixels and dict(processor.image_processor.size))
+        plain.save_pretrained(run.part)
+        as_umask_says(run.part)
+        size = dict(run.processor.image_processor.size)
+        copy_processor(run.processor_folder, run.part, run.args.pixels and size)
         del plain
         free_memory()
-    del weights
-    dist.barrier()
+
+
+def evaluate(run):
+    """Score what was held out, as the scorer will be used: {file: statistics}, and {file: [(human score,
+    predicted)]} of scored pictures.
+    """
     with one_rank_at_a_time():
-        vlm = load_vlm(part, device, compute_dtype(device))  # evaluated as it will be used
-    scorers = {name: VLMScorer(vlm, part, rubric, card["reasoning"]) for name, rubric in rubrics.items()}
-    card["held_out"], dots = {}, {}
-    for path, rows in held_out.items():
-        scores, masses = rate(scorers, rows, rank, world)
-        table = card["held_out"][Path(path).name] = statistics(rows, scores, masses)
+        vlm = load_vlm(run.part, run.device, compute_dtype(run.device))
+    scorers = {name: VLMScorer(vlm, run.part, rubric, run.reasoning) for name, rubric in run.rubrics.items()}
+    tables, dots = {}, {}
+    for path, rows in run.held_out.items():
+        scores, masses = rate(scorers, rows, run.rank, run.world)
+        table = tables[Path(path).name] = statistics(rows, scores, masses)
         if len(rows[0]) == 1:
             dots[Path(path).stem] = [(row[0].score, score) for row, score in zip(rows, scores)]
-        if rank == 0:
+        if run.rank == 0:
             cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in table.items())
             print(f"{Path(path).name}: {'  '.join(cells)}")
+    return tables, dots
+
+
+def finish(run):
+    """Write and evaluate the scorer, which then takes its name."""
+    args = run.args
+    again = f"; continue: {resume_command(args, f'--out {args.out}')}" if args.save_every else ""
+    stop_at_once(run.rank, f"trained, but not evaluated{again}")
+    write_scorer(run)
+    dist.barrier()
+    tables, dots = evaluate(run)
     dist.barrier()  # every rank has read what is renamed now
-    if rank == 0:
-        write_text(part / "reward.json", json.dumps(card, indent=2))
-        line_chart(part / "scatter.png", dots, "predicted score", "human score", dots=True)
-        remove(part / "checkpoint")
-        part.rename(out)
-        print(f"wrote {out}; in a reward file, behind a server on another machine:")
-        for name, rubric in rubrics.items():
-            entry = {"weight": 1 / len(rubrics), "source": "http://HOST:8000/v1", "rubric": rubric,
-                     "reasoning": card["reasoning"]}
-            print(f"  {json.dumps(name)}: {json.dumps(entry)}")
+    if run.rank > 0:
+        return
+    card = {"rubrics": run.rubrics, "reasoning": run.reasoning, "held_out": tables}
+    write_text(run.part / "reward.json", json.dumps(card, indent=2))
+    line_chart(run.part / "scatter.png", dots, "predicted score", "human score", dots=True)
+    remove(run.part / "checkpoint")
+    run.part.rename(run.out)
+    print(f"wrote {run.out}; in a reward file, behind a server on another machine:")
+    for name, rubric in run.rubrics.items():
+        entry = {"weight": 1 / len(run.rubrics), "source": "http://HOST:8000/v1", "rubric": rubric,
+                 "reasoning": run.reasoning}
+        print(f"  {json.dumps(name)}: {json.dumps(entry)}")
+
+
+def main(argv=None):
+    run = set_up(parse_args(argv))
+    load_examples(run)
+    load_model(run)
+    if run.rank == 0:
+        print(f"{', '.join(run.rubrics)}: {run.count:,} trained parameters, {len(run.train)} {run.what}"
+              f"{run.note}, {run.args.steps} steps of {run.args.batch}"
+              f"{', with reasoning' if run.reasoning else ''}; {run.room}")
+    if train(run):
+        finish(run)
 
 
 if __name__ == "__main__":

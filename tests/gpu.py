@@ -210,7 +210,7 @@ def part_iteration(*extra):
                     "left out: weights, gradients and Adam of 7B parameters in fp32 need 125 GiB")
     import grpo
     from runs import run_here
-    model.load_weights = grpo.load_weights = random_weights
+    model.load_weights = random_weights
     grpo.save_model = lambda *_: None
     plans = []
     choose = model.choose_mode
