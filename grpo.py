@@ -48,16 +48,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError,
-    VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line,
-    compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
-    directory_name, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source,
-    guided_velocity, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_vlms, longest_prefix, materialise, matmul_peak, mean_shift, network_width, new_transformer,
-    noise_levels, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share,
-    read_log, reduce_gradients, release, resume_command, reward_threads, sampling_settings, save_checkpoint,
-    save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping,
-    tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
+    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining,
+    UserError, VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards,
+    command_line, compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
+    directory_name, encode_prompts, find_model, forward_flops, free_memory, gather_weights, generate,
+    guidance_source, guided_velocity, image_side, in_pixels, keep_gathered, latent_shape, line_chart,
+    load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, local_shards, longest_prefix,
+    materialise, matmul_peak, mean_shift, network_width, new_transformer, noise_levels, open_run, parse_run,
+    plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients, release,
+    resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
+    speed_record, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, to_host, unseat_judges,
+    vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -112,7 +113,7 @@ def parse_args(argv=None):
     add("--group-size", type=bounded(int, 2), default=8, metavar="G",
         help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+        help=f"pixels, multiples of {SIDE} (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=bounded(int, 2), metavar="T",
         help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=bounded(float, 0), metavar="S",
@@ -306,7 +307,7 @@ def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     z          (B, N, C)  the noise of the step, N(0, 1)
     kappa      (B, 1, 1)  1/sqrt(N C), or `mean_shift` for the ratio as printed
     advantage  (B,)       Eq. 13
-    Returns the loss summed over rows, and the ratios (B,).
+    Returns the loss summed over the batch, and the ratios (B,).
 
     A step is mean + std z (Eq. 5). Training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old
     - v), kappa as in `mean_shift`; 1/sqrt(N C) stands for a larger std (difference 2). At mean_old + std z
@@ -321,7 +322,7 @@ def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
 
 
 def kl_loss(v, v_ref):
-    """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
+    """Velocity KL to the reference, mean over dimensions, summed over the batch: (B, N, C) -> ()."""
     return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                   # Eq. 9
 
 
@@ -359,7 +360,8 @@ def set_up(args):
     run.policy = new_transformer(run.root, torch.float32)
     run.config = run.policy.config
     run.grid, run.t, run.cfg = sampling_settings(run.root, args.size, args.sampler_steps, args.cfg)
-    run.tokens, run.T = run.grid[0] * run.grid[1], len(run.t) - 1                             # t (T+1,)
+    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.branches = 2 if args.guided_objective and run.cfg != 1 else 1  # prompt, and prompt without text
     run.G, run.U = args.group_size, args.updates_per_rollout
@@ -400,47 +402,49 @@ def make_schedule(run):
     """Noise of the sampler's steps, and the micro-batches of a group, which share one prefix."""
     args, trained = run.args, run.trained
     run.sigma = noise_levels(run.t, trained, args.noise_level)                                  # (T,)
-    kappa = torch.full((run.T,), (run.tokens * run.config["in_channels"]) ** -0.5)              # difference 2
+    kappa = torch.full((run.T,), math.prod(run.shape) ** -0.5)                               # difference 2
     if args.printed_ratio:
         kappa = mean_shift(run.t[:-1], run.t.diff(), run.sigma)
     run.schedule = torch.stack([run.t[:-1], kappa])[:, :, None, None].to(run.device)            # (2, T, 1, 1)
     pairs = [(k, g) for k in trained for g in range(run.G)]
     run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
-    # sum over rows -> mean over the update; FSDP averages over ranks
+    # sum over a micro-batch -> mean over the update; FSDP averages over ranks
     run.scale = run.world / (run.P * run.G * len(trained) / run.U)
 
 
 def load_models(run):
-    """The trained policy, and the slot: a whole network on every rank, never trained, that `fill` turns into
-    the policy (grids, rollout, v_old), then the base (v_ref); for the final table into both again.
+    """The policy, sharded, and the frozen network: a whole one on every rank, never trained, that
+    `gather_weights` turns into the policy (pictures, rollout, v_old), then into the base (v_ref); for the
+    final table into both again.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
     load_vlms(run.rewards + run.judges, device)
     checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * run.tokens * run.config["in_channels"]  # a latent per image
-    own_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank's own rows
+    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
+    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
     run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, rows=run.micro_batch, pair=longest,
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
         prefix=longest_prefix(run.encoded, run.branches),
         kept=4 * state_floats * len(run.trained) * (3 + bool(args.kl_coef)),
         encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
-        table=vlm_bytes(run.rewards + run.judges), parked=dtype.itemsize * own_size * bool(args.kl_coef),
+        table=vlm_bytes(run.rewards + run.judges), waiting=dtype.itemsize * shard_size * bool(args.kl_coef),
         offload=args.offload, checkpointing=checkpointing))
 
-    run.slot = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
+    run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        compile_blocks(run.slot, run.policy)
+        compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
     run.policy.checkpointing = checkpointing
-    run.reference = park(own_rows(run.policy), dtype) if args.kl_coef else []  # the base, as no checkpoint is
+    # the base, as no checkpoint is loaded yet
+    run.reference = to_host(local_shards(run.policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: a norm below 1, spread over all parameters
     run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=run.lr, betas=(0.9, 0.95), eps=1e-10,
                                       weight_decay=0, fused=True)
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.slot, on_gpu and not args.offload if args.graph is None else args.graph,
+    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
                           longest, args.cudnn)
     run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                            args.seed, run.batch)
@@ -450,7 +454,7 @@ def load_models(run):
 def describe(run):
     """The header."""
     args = run.args
-    images = f"{run.P} prompts x {run.G} images of {16 * run.grid[1]}x{16 * run.grid[0]}"
+    images = f"{run.P} prompts x {run.G} images of {in_pixels(run.grid)}"
     describe_run(run.folder, args, run.policy, run.device, images, run.requests, run.heldout)
     print(f"sampler: {run.T} steps, guidance {run.cfg:g} ({guidance_source(run.root, args.cfg)}); "
           f"trained at t = {', '.join(f'{run.t[k]:.3f}' for k in run.trained)}, "
@@ -462,11 +466,11 @@ def describe(run):
 
 
 def roll_out(run, step, ids, scores):
-    """Images by the policy in the slot, guided, given to the rewards batch by batch: {k: x, z (groups, G, N,
-    C)} of the trained steps.
+    """Images by the frozen copy of the policy, guided, given to the rewards batch by
+    batch: {k: x, z (groups, G, N, C)} of the trained steps.
     """
-    images, states = [(step, i, g) for i in ids for g in range(run.G)], []
-    for chunk, decoded, kept in generate(run.sampler, run.vae, run.encoded, images, run.grid, run.t,
+    keys, states = [(step, i, g) for i in ids for g in range(run.G)], []
+    for chunk, decoded, kept in generate(run.sampler, run.vae, run.encoded, keys, run.grid, run.t,
                                          run.sigma, run.cfg, run.args.seed, run.batch, run.trained):
         states.append(kept)
         scores.ask(run.pools, decoded, [run.requests[i] for _, i, _ in chunk])
@@ -474,7 +478,7 @@ def roll_out(run, step, ids, scores):
                 for parts in zip(*(kept[k] for kept in states))] for k in run.trained}
 
 
-def rows(run, states, group, micro):
+def select(run, states, group, micro):
     """x, z (B, N, C) and t, kappa (B, 1, 1) of a micro-batch."""
     x, z = (torch.stack([states[k][d][group, g] for k, g in micro]) for d in (0, 1))
     return x, z, *run.schedule[:, [k for k, _ in micro]]
@@ -482,15 +486,15 @@ def rows(run, states, group, micro):
 
 @torch.no_grad()
 def frozen_velocities(run, ids, states):
-    """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N,
+    """Velocities by the frozen network on the very micro-batches that will be trained: {(group, m): v (B, N,
     C)}.
     """
     velocities = {}
     for group, i in enumerate(ids):
-        prefixes = [run.slot.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
+        prefixes = [run.frozen.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
         for m, micro in enumerate(run.micro_batches):
-            x, _, t = rows(run, states, group, micro)[:3]
-            velocities[group, m] = guided_velocity(run.slot, x, t.flatten(), *prefixes, cfg=run.cfg)
+            x, _, t = select(run, states, group, micro)[:3]
+            velocities[group, m] = guided_velocity(run.frozen, x, t.flatten(), *prefixes, cfg=run.cfg)
     return velocities
 
 
@@ -501,7 +505,7 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
     prefixes = [run.policy.prefix([prompt], run.grid) for prompt in prompts]
     leaves = [*map(detach_prefix, prefixes)]
     for m, micro in enumerate(run.micro_batches):
-        x, z, t, kappa = rows(run, states, group, micro)
+        x, z, t, kappa = select(run, states, group, micro)
         a = advantage[[g for _, g in micro]].to(run.device)                                    # (B,)
         v = guided_velocity(run.policy, x, t.flatten(), *leaves, cfg=run.cfg)                  # (B, N, C)
         loss, ratio = grpo_loss(v, v_old[group, m], z, kappa, a, run.args.clip_eps)
@@ -558,7 +562,7 @@ def train_step(run, step):
     scores = StepScores(run.rewards, [run.requests[i] for i in ids], run.G)
 
     # roll out; a decoded batch is scored in the background from here on
-    fill(run.slot, own_rows(run.policy))
+    gather_weights(run.frozen, local_shards(run.policy))
     seat_judges(run.rewards, run.device)
     states = roll_out(run, step, ids, scores)
     clock.lap("rollout")
@@ -566,7 +570,7 @@ def train_step(run, step):
     # frozen velocities, before the first update (difference 3)
     v_old, v_ref = frozen_velocities(run, ids, states), {}
     if run.reference:
-        fill(run.slot, run.reference)
+        gather_weights(run.frozen, run.reference)
         v_ref = frozen_velocities(run, ids, states)
     clock.lap("frozen")
 
@@ -640,7 +644,7 @@ def train(run):
                dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
-            fill(run.slot, own_rows(run.policy))
+            gather_weights(run.frozen, local_shards(run.policy))
             run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
@@ -674,7 +678,7 @@ def finish(run):
     if args.eval_images:
         judges = run.rewards + run.judges
         seat_judges(judges, run.device)
-        run.pictures.final_table(folder, run.root, own_rows(run.policy), judges, args.eval_images,
+        run.pictures.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
                                  {"base": run.cfg, "trained": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")

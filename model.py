@@ -3,19 +3,31 @@ Qwen-Image-2.1.
 
   1. networks      FlowTransformer (prefix, velocity), VAE
   2. prompts       Qwen3-VL condition encoder through transformers
-  3. checkpoints   the hub layout: find, load, save
-  4. flow maths    schedule, noise, Eq. 5 step, guidance; the sampler and its CUDA graph
-  5. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
-  6. sharding      process group, FSDP2, the slot
-  7. memory        what a step takes, and what there is room for
-  8. reports       intervals, the final table, image grids, the line chart
-  9. runs          user errors, flags, signals, run directories, logs, prompt order
+  3. family        what the rest asks of 1 and 2, and what a fork to another model replaces
+  4. checkpoints   the hub layout: find, load, save
+  5. flow maths    schedule, noise, Eq. 5 step, guidance; the sampler and its CUDA graph
+  6. rewards       VLM scorers (Eq. 12) local and remote, face identity, reward files
+  7. sharding      process group, FSDP2, weights between networks
+  8. memory        what a step takes, and what there is room for
+  9. reports       intervals, the final table, contact sheets, the line chart
+ 10. runs          user errors, flags, signals, run directories, logs, prompt order
 
 Architecture, for the reader who knows transformers: one stream of text, source-image and target tokens with
 shared weights; no biases; LayerNorm without parameters, modulated by one projection of the timestep that all
 blocks share; tanh gates; RMSNorm on queries and keys; rotary positions on (frame, y, x); SwiGLU. Attention is
 block-causal: text is causal, every image sees itself and what precedes it. Text and source images are
 modulated at t = 0. Equation numbers are the report's.
+
+Words used throughout:
+
+  request         a line of a prompt file; an encoded prompt is what the encoders make of it
+  branches        an encoded prompt and the same without its text, for guidance
+  prefix          the keys and values of a prompt, at which the targets, the latents of its images, look
+  group           the images of one prompt; an image's key is (step, prompt id, number in the group)
+  t, grid         the sampler's schedule, which falls from 1 to 0; (h, w) of an image in latents
+  shards          a rank's rows of every weight
+  frozen network  a whole one on every rank, never trained, which takes turns as policy, base and teacher
+  judge           a VLM that scores
 """
 
 import os
@@ -95,7 +107,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
-class Prompt:
+class EncodedPrompt:
     """One encoded prompt: everything the prefix is made from. `encode` on TextEncoder makes it.
 
     embeds   (L, E)  text-encoder states, one per encoder token; rows at image slots are ignored
@@ -153,7 +165,7 @@ def prefix_layout(prompt):
                 raise ValueError(f"the prompt has image slots for more than its {len(prompt.sources)} source "
                                  "images")
             height, width = latents.shape[-2:]
-            positions += [(position, *yx) for yx in image_grid(height, width)]
+            positions += [(position, *yx) for yx in pixel_positions(height, width)]
             position, token = position + max(height, width), token + height * width // 4
         else:
             while token < len(prompt.slots) and not prompt.slots[token]:
@@ -163,27 +175,7 @@ def prefix_layout(prompt):
     return Layout(positions, segments, position)
 
 
-def image_layout(prompt):
-    """What prompts must share to be computed as one batch: all segments, but for the length of a last one of
-    text.
-    """
-    *segments, (first, last, is_image) = prefix_layout(prompt).segments
-    return (*segments, (first, last if is_image else None, is_image))
-
-
-def prefix_tokens(prompt):
-    """Tokens of a prompt's prefix; a slot stands for 2x2 latents of a source image."""
-    return len(prompt.slots) + 3 * sum(prompt.slots)
-
-
-def longest_prefix(encoded, branches):
-    """Most prefix tokens of any of {id: (Prompt, Prompt without the text)}; branches: 1 counts the first
-    alone, 2 both.
-    """
-    return max(sum(map(prefix_tokens, pair[:branches])) for pair in encoded.values())
-
-
-def image_grid(height, width):
+def pixel_positions(height, width):
     """(y, x) of every latent pixel in raster order, centred on zero."""
     return [(y - (height - height // 2), x - (width - width // 2)) for y in range(height)
             for x in range(width)]
@@ -291,11 +283,6 @@ class ZeroCentredRMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + 1, self.eps).type_as(x)
 
 
-def network_width(config):
-    """Of the transformer's stream."""
-    return config["num_attention_heads"] * config["attention_head_dim"]
-
-
 class FlowTransformer(nn.Module):
     """Qwen-Image-2.1's block-causal flow transformer; parameter names are the checkpoint's.
 
@@ -382,7 +369,7 @@ class FlowTransformer(nn.Module):
                 keys_values = into[i]
             kv.append(keys_values)
 
-        targets = torch.tensor([[(layout.end, *yx) for yx in image_grid(*grid)] for layout in layouts],
+        targets = torch.tensor([[(layout.end, *yx) for yx in pixel_positions(*grid)] for layout in layouts],
                                device=device)
         mask = None
         if min(lengths) < size:
@@ -846,11 +833,130 @@ class TextEncoder:
         return states[0][0, user:].cpu(), [token == self.processor.image_token for token in ids[user:]]
 
 
+def free_memory():
+    """Give back what nothing refers to any more; transformers models are reference cycles, which only gc
+    frees.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
+
+
+# ---- 3. the model family -----------------------------------------------------------------------------------
+#
+# A fork to another family replaces sections 1 to 3. All else, the scripts too, asks of them only this:
+#
+#   PIPELINE                         _class_name in model_index.json
+#   LATENT, SIDE                     pixels of a latent's side; what the sides of a picture are multiples of
+#   new_transformer, compile_blocks  a network with `prefix`, `velocity`, `anchor`, config, transformer_blocks
+#   kv_shape                         of what a prefix holds for its targets: the sampler keeps it in place
+#   network_width, forward_flops     for the learning rate; for the figures of speed
+#   load_vae                         a VAE with `decode` and config; `to_images`: pictures from its output
+#   encode_prompts                   what `prefix` takes; `prefix_tokens`, `longest_prefix`: how long that is;
+#                                    `image_layout`: which prompts may share a batch
+
+PIPELINE = "QwenImage21Pipeline"
+LATENT, SIDE = 16, 32
+# temporal; never act on one frame
+UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")
+
+
+def without_storage(kind, path, name, dtype):
+    """A network of the config at `path`, whose _class_name is `name`, on the meta device; what the config
+    lacks is named.
+    """
+    config = read_config(path, name)
+    try:
+        with torch.device("meta"):
+            return kind(config).to(dtype)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing") from None
+
+
+def new_transformer(root, dtype):
+    """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
+    path = root / "transformer" / "config.json"
+    network = without_storage(FlowTransformer, path, "QwenImage21Transformer2DModel", dtype)
+    for key, value in {"patch_size": 1, "causal_condition": True}.items():
+        if network.config.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {network.config[key]!r}, only {value!r} is supported")
+    return network
+
+
+def compile_blocks(*networks):
+    """Fuse the elementwise work of the blocks (--compile). Prefix and targets, with and without mask and
+    gradient, are more variants than the usual limit of 8."""
+    limit = {"recompile_limit": 64}
+    # before torch 2.13 the setting holds for all threads
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        torch._dynamo.config.recompile_limit, limit = limit["recompile_limit"], {}
+    for network in networks:
+        for block in network.transformer_blocks:
+            block.compile(dynamic=True, **limit)
+
+
+def network_width(config):
+    """Of the transformer's stream."""
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def latent_shape(config, grid):
+    """(N, C) of one image of grid = (h, w) latents."""
+    return grid[0] * grid[1], config["in_channels"]
+
+
+def in_pixels(grid):
+    """The size of a picture of (h, w) latents, in words."""
+    return f"{LATENT * grid[1]}x{LATENT * grid[0]}"
+
+
+def forward_flops(config, tokens, prompt):
+    """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at a prompt and at themselves."""
+    prefix = prefix_tokens(prompt)
+    dim, layers = network_width(config), config["num_layers"]
+    matrices = layers * (4 + 3 * config["mlp_ratio"]) * dim**2 + 2 * config["in_channels"] * dim
+    return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim
+
+
+def kv_shape(config, prompts):
+    """Shape of the keys and values of all blocks for P different prompts: (layers, 2, P, H, S, head_dim)."""
+    longest = max(map(prefix_tokens, prompts))
+    return (config["num_layers"], 2, len(prompts), config["num_attention_heads"], longest,
+            config["attention_head_dim"])
+
+
+def image_layout(prompt):
+    """What prompts must share to be computed as one batch: all segments, but for the length of a last one of
+    text.
+    """
+    *segments, (first, last, is_image) = prefix_layout(prompt).segments
+    return (*segments, (first, last if is_image else None, is_image))
+
+
+def prefix_tokens(prompt):
+    """Tokens of a prompt's prefix; a slot stands for 2x2 latents of a source image."""
+    return len(prompt.slots) + 3 * sum(prompt.slots)
+
+
+def longest_prefix(encoded, branches):
+    """Most prefix tokens of any of {id: (EncodedPrompt, the same without the text)}; branches: 1 counts the
+    first alone, 2 both.
+    """
+    return max(sum(map(prefix_tokens, pair[:branches])) for pair in encoded.values())
+
+
+def load_vae(root, device, dtype):
+    """The checkpoint's frozen VAE."""
+    vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21",
+                          dtype).to_empty(device=device)
+    vae.to(memory_format=torch.channels_last)  # in which convolutions take half the time
+    return load_weights(vae, root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
+
+
 def fit(image, area):
-    """The image resized to about `area` pixels, sides multiples of 32, as RGBA."""
+    """The image resized to about `area` pixels, sides multiples of SIDE, as RGBA."""
     ratio = image.width / image.height
     width = math.sqrt(area * ratio)
-    sides = (max(1, round(side / 32)) * 32 for side in (width, width / ratio))
+    sides = (max(1, round(side / SIDE)) * SIDE for side in (width, width / ratio))
     return image.convert("RGBA").resize(tuple(sides), Image.Resampling.LANCZOS)
 
 
@@ -861,6 +967,7 @@ def to_pixels(images):
 
 
 def check_finite(pixels):
+    """Refuse pictures that no file can hold."""
     if not pixels.isfinite().all():
         raise UserError("the network draws NaN: its weights are damaged or overflow; go back to an earlier "
                         "model, with a lower --lr")
@@ -875,48 +982,35 @@ def to_images(pixels):
 
 @torch.no_grad()
 def encode_prompts(root, vae, requests, grid, device):
-    """{id: Request} -> {id: (Prompt, Prompt without the text)}, the two branches of guidance.
+    """{id: Request} -> {id: (EncodedPrompt, the same without the text)}, the two branches of guidance.
 
     The branch without text keeps its images; without images it is one object for all. grid: the output's
     latents, (height, width); each source is resized to as many pixels. The text encoder is loaded for this
     call and released.
     """
     encoder = TextEncoder(root, device, compute_dtype(device))
-    empty, encoded, odd = Prompt(*encoder.encode(" "), []), {}, 0
+    empty, encoded, odd = EncodedPrompt(*encoder.encode(" "), []), {}, 0
     for i, request in requests.items():
-        images = [fit(image, 256 * grid[0] * grid[1]) for image in request.images()]
+        images = [fit(image, LATENT**2 * grid[0] * grid[1]) for image in request.images()]
         odd += any(abs(math.log(image.width / image.height * grid[0] / grid[1])) > 0.1 for image in images)
         latents = [vae.encode(to_pixels([image]).to(device))[0].cpu() for image in images]
-        without = Prompt(*encoder.encode(" ", images), latents) if images else empty
-        encoded[i] = Prompt(*encoder.encode(request.prompt, images), latents), without
+        without = EncodedPrompt(*encoder.encode(" ", images), latents) if images else empty
+        encoded[i] = EncodedPrompt(*encoder.encode(request.prompt, images), latents), without
     if odd and is_first("aspect"):
         print(f"{odd} edits have a source of another aspect than their output, which is "
-              f"{16 * grid[1]}x{16 * grid[0]} for all")
+              f"{in_pixels(grid)} for all")
     del encoder
     free_memory()
     return encoded
 
 
-def free_memory():
-    """Give back what nothing refers to any more; transformers models are reference cycles, which only gc
-    frees.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without CUDA
-
-
-# ---- 3. checkpoints ----------------------------------------------------------------------------------------
+# ---- 4. checkpoints ----------------------------------------------------------------------------------------
 #
 # The hub layout: model_index.json, transformer/, vae/, text_encoder/, processor/, scheduler/ (and rewards/ if
 # any).
 
 WEIGHTS = "diffusion_pytorch_model"
-# temporal; never act on one frame
-UNUSED_VAE_KEYS = re.compile(r"\.(up|down)sampler\.time_conv\.(weight|bias)$")
 SHARD_BYTES = 5 * 10**9
-
-
-PIPELINE = "QwenImage21Pipeline"
 
 
 def find_model(name):
@@ -1015,64 +1109,22 @@ def load_weights(module, directory, unused=None):
             for key in sorted(key for key in found if files[key] == path):
                 if key not in file.keys():
                     raise UserError(f"{path}: {key} is missing, though the index says it is there")
-                rows, param = file.get_slice(key), params[key]
-                if list(rows.get_shape()) != list(param.shape):
-                    raise UserError(f"{path}: {key} has shape {rows.get_shape()}, the model wants "
+                stored, param = file.get_slice(key), params[key]
+                if list(stored.get_shape()) != list(param.shape):
+                    raise UserError(f"{path}: {key} has shape {stored.get_shape()}, the model wants "
                                     f"{list(param.shape)}")
-                if rows.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                    raise UserError(f"{path}: {key} is {rows.get_dtype()}; want BF16, F16 or F32: quantised "
-                                    "weights (fp8, int8) are not "
-                                     "supported")
+                if stored.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+                    raise UserError(f"{path}: {key} is {stored.get_dtype()}; want BF16, F16 or F32: "
+                                    "quantised weights (fp8, int8) are not supported")
                 local = param.to_local() if isinstance(param, DTensor) else param.data
                 first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
-                local.copy_(rows[first:first + len(local)])
+                local.copy_(stored[first:first + len(local)])
     return module
-
-
-def without_storage(kind, path, name, dtype):
-    """A network of the config at `path`, whose _class_name is `name`, on the meta device; what the config
-    lacks is named.
-    """
-    config = read_config(path, name)
-    try:
-        with torch.device("meta"):
-            return kind(config).to(dtype)
-    except KeyError as error:
-        raise UserError(f"{path}: {error} is missing") from None
-
-
-def new_transformer(root, dtype):
-    """The checkpoint's transformer without storage; shard it or not, then `materialise` it."""
-    path = root / "transformer" / "config.json"
-    network = without_storage(FlowTransformer, path, "QwenImage21Transformer2DModel", dtype)
-    for key, value in {"patch_size": 1, "causal_condition": True}.items():
-        if network.config.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {network.config[key]!r}, only {value!r} is supported")
-    return network
 
 
 def materialise(module, root, device):
     """Give a transformer its storage and the checkpoint's weights."""
     return load_weights(module.to_empty(device=device), root / "transformer")
-
-
-def compile_blocks(*networks):
-    """Fuse the elementwise work of the blocks (--compile). Prefix and targets, with and without mask and
-    gradient, are more variants than the usual limit of 8."""
-    limit = {"recompile_limit": 64}
-    # before torch 2.13 the setting holds for all threads
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
-        torch._dynamo.config.recompile_limit, limit = limit["recompile_limit"], {}
-    for network in networks:
-        for block in network.transformer_blocks:
-            block.compile(dynamic=True, **limit)
-
-
-def load_vae(root, device, dtype):
-    vae = without_storage(VAE, root / "vae" / "config.json", "AutoencoderKLQwenImage21",
-                          dtype).to_empty(device=device)
-    vae.to(memory_format=torch.channels_last)  # in which convolutions take half the time
-    return load_weights(vae, root / "vae", UNUSED_VAE_KEYS).requires_grad_(False)
 
 
 def save_model(directory, base, transformer, guidance, trained_on):
@@ -1136,14 +1188,14 @@ def full_weights(model):
 
 
 def checkpoint_state(model, optimizer, old):
-    """What a checkpoint holds. old: this rank's rows of other weights of the same model in host memory, if
+    """What a checkpoint holds. old: this rank's shards of other weights of the same model in host memory, if
     there are any.
     """
     weights, moments = get_state_dict(model, optimizer)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    rows = {name: DTensor.from_local(row, mesh, [Shard(0)])
-            for (name, _), row in zip(model.named_parameters(), old or ())}
-    return {"model": weights, "optimizer": moments, "old": rows}
+    old = {name: DTensor.from_local(shard, mesh, [Shard(0)])
+           for (name, _), shard in zip(model.named_parameters(), old or ())}
+    return {"model": weights, "optimizer": moments, "old": old}
 
 
 def save_checkpoint(directory, step, model, optimizer, old=None, keep=False):
@@ -1218,7 +1270,7 @@ def remove(directory):
         shutil.rmtree(directory)
 
 
-# ---- 4. flow maths and sampler -----------------------------------------------------------------------------
+# ---- 5. flow maths and sampler -----------------------------------------------------------------------------
 
 
 def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
@@ -1257,9 +1309,9 @@ def sampling_settings(root, size=None, steps=None, cfg=None):
     index = read_config(root / "model_index.json")
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
-    if height % 32 or width % 32:
-        raise UserError(f"{height} x {width} pixels: sides must be multiples of 32")
-    grid = height // 16, width // 16
+    if height % SIDE or width % SIDE:
+        raise UserError(f"{height} x {width} pixels: sides must be multiples of {SIDE}")
+    grid = height // LATENT, width // LATENT
     t = timesteps(read_config(root / "scheduler" / "scheduler_config.json"), grid[0] * grid[1],
                   40 if steps is None else steps,
                   index.get("sample_sigmas") if steps is None else None)
@@ -1326,7 +1378,7 @@ def denoise_step(model, b):
     """One sampler step on static buffers `b`, in place: b.x becomes the next state. The definition the graph
     replays.
     """
-    t, dt, sigma = b.row
+    t, dt, sigma = b.step
     v = guided_velocity(model, b.x, t.expand(len(b.x)), b.cond, b.uncond, b.cfg)
     mean, std = sde_mean_std(b.x, v, t, dt, sigma)
     b.x.copy_(mean + std * b.noise)
@@ -1341,12 +1393,6 @@ def unique_prompts(prompts):
     return unique, [place[id(prompt)] for prompt in prompts]
 
 
-def kv_shape(config, prompts):
-    """Shape of the keys, or values, of one block for P different prompts: (P, H, S, head_dim)."""
-    longest = max(map(prefix_tokens, prompts))
-    return len(prompts), config["num_attention_heads"], longest, config["attention_head_dim"]
-
-
 class Sampler:
     """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
 
@@ -1359,7 +1405,7 @@ class Sampler:
 
     def __init__(self, model, graphs, longest=0, cudnn=False):
         self.model, self.graphs, self.longest, self.cudnn = model, graphs, longest, cudnn
-        self.entries, self.pool, self.arena = {}, None, model.img_in.weight.new_empty(0)
+        self.entries, self.pool, self.arena = {}, None, next(model.parameters()).new_empty(0)
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
@@ -1369,31 +1415,30 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, pairs, generators, grid, t, sigma, cfg, keep=()):
-        """Sample one image per pair (Prompt, Prompt without text); images of a prompt share the pair's
-        objects.
+        """Sample one image per pair (EncodedPrompt, the same without text); images of a prompt share the
+        pair's objects.
 
         generators: one per image; grid: (h, w) latents; t (T+1,), sigma (T,) as from `timesteps` and
         `noise_levels`; cfg: guidance scale, 1 for none. Returns x_0 (B, N, C) and {k: (x_k, z_k)} for k in
         keep, z_k None where no noise was added after x_k; all fp32.
         """
-        device = self.model.img_in.weight.device
-        shape = grid[0] * grid[1], self.model.config["in_channels"]
+        device, shape = self.arena.device, latent_shape(self.model.config, grid)
         branches = [[prompt for prompt, _ in pairs]] + ([[empty for _, empty in pairs]] if cfg != 1 else [])
         b = self.buffers(len(pairs), shape, branches)
         for prefix, prompts in zip((b.cond, b.uncond), branches):
             self.write_prefix(prefix, prompts, grid)
         b.x.copy_(draw_noise(generators, shape))
         b.cfg.fill_(cfg)
-        states, rows = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
-        for k, row in enumerate(rows):
-            b.row.copy_(row)
+        states, steps = {}, torch.stack([t[:-1], t[1:] - t[:-1], sigma], dim=1).to(device)
+        for k, step in enumerate(steps):
+            b.step.copy_(step)
             if sigma[k] > 0:
                 b.noise.copy_(draw_noise(generators, shape))
             if k in keep:
                 states[k] = b.x.clone(), b.noise.clone() if sigma[k] > 0 else None
             self.step(b)
-        if len(rows) in keep:
-            states[len(rows)] = b.x.clone(), None
+        if len(steps) in keep:
+            states[len(steps)] = b.x.clone(), None
         return b.x.clone(), states
 
     def step(self, b):
@@ -1416,16 +1461,16 @@ class Sampler:
         key = (count, shape, *zip(shapes, padded, indexed))
         if key in self.entries:
             return self.entries[key]
-        layers = self.model.config["num_layers"]
-        sizes = [2 * layers * math.prod(kv) for kv in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         if sum(sizes) > len(self.arena) or len(self.entries) == 32:
             self.drop()  # graphs hold the arena's address, and shapes must not pile up
-            longest = 2 * layers * math.prod(shapes[0][1::2]) * self.longest
+            layers, two, _, heads, _, head_dim = shapes[0]
+            longest = layers * two * heads * head_dim * self.longest
             self.arena = self.arena.new_empty(max(sum(sizes), longest))
         prefixes = [self.prefix_buffers(count, shape[0], part, *kind)
                     for part, *kind in zip(self.arena[:sum(sizes)].split(sizes), shapes, padded, indexed)]
         x = torch.zeros(count, *shape, device=self.arena.device)
-        self.entries[key] = SimpleNamespace(x=x, noise=torch.zeros_like(x), row=x.new_zeros(3),
+        self.entries[key] = SimpleNamespace(x=x, noise=torch.zeros_like(x), step=x.new_zeros(3),
                                             cfg=x.new_ones(()), graph=None,
                                             cond=prefixes[0],
                                             uncond=prefixes[1] if len(prefixes) > 1 else None)
@@ -1433,13 +1478,12 @@ class Sampler:
 
     def prefix_buffers(self, count, tokens, part, shape, padded, indexed):
         """A Prefix whose keys and values lie in this part of the arena."""
-        blocks = part.view(self.model.config["num_layers"], 2, *shape)
-        device, head_dim = part.device, shape[-1]
-        rope = torch.zeros(shape[0], tokens, head_dim // 2, 2, device=device)
-        mask = torch.ones(shape[0], 1, 1, shape[2] + tokens, dtype=torch.bool,
+        device, (_, _, prompts, _, length, head_dim) = part.device, shape
+        rope = torch.zeros(prompts, tokens, head_dim // 2, 2, device=device)
+        mask = torch.ones(prompts, 1, 1, length + tokens, dtype=torch.bool,
                           device=device) if padded else None
         index = torch.zeros(count, dtype=torch.long, device=device) if indexed else None
-        return Prefix([tuple(block) for block in blocks], rope, mask, index)
+        return Prefix([tuple(block) for block in part.view(shape)], rope, mask, index)
 
     def write_prefix(self, buffer, prompts, grid):
         """Compute the prefix of one prompt per image into its buffers; repeated prompts are computed once."""
@@ -1475,7 +1519,7 @@ def cudnn_attention():
 MIXED_TOKENS = 1024
 
 
-def split_batches(images, encoded, size, tokens):
+def split_batches(keys, encoded, size, tokens):
     """[(step, prompt id, image number)], ordered by prompt, in batches of at most `size`.
 
     A batch holds one prompt: no mask, the fastest attention, and the keys and values of one prefix. Only
@@ -1483,42 +1527,34 @@ def split_batches(images, encoded, size, tokens):
     image layout.
     """
     batch = []
-    for image in images:
+    for key in keys:
         if batch:
-            first, new = batch[0][1], image[1]
+            first, new = batch[0][1], key[1]
             few = (len(batch) + 1) * tokens <= MIXED_TOKENS
             mixes = few and image_layout(encoded[first][0]) == image_layout(encoded[new][0])
             if len(batch) == size or not (new == first or mixes):
                 yield batch
                 batch = []
-        batch.append(image)
+        batch.append(key)
     if batch:
         yield batch
 
 
-def sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
+def sample(sampler, encoded, keys, grid, t, sigma, cfg, seed, batch, keep=()):
     """Sample [(step, prompt id, image number)], each with its own noise, at most `batch` at once. Yields
     (part of the list, x_0 (B, N, C), states {k: (x_k, z_k) (B, N, C)})."""
-    for part in split_batches(images, encoded, batch, grid[0] * grid[1]):
+    for part in split_batches(keys, encoded, batch, grid[0] * grid[1]):
         pairs, generators = [encoded[i] for _, i, _ in part], [noise_stream(seed, *key) for key in part]
         yield part, *sampler(pairs, generators, grid, t, sigma, cfg, keep)
 
 
-def generate(sampler, vae, encoded, images, grid, t, sigma, cfg, seed, batch, keep=()):
+def generate(sampler, vae, encoded, keys, grid, t, sigma, cfg, seed, batch, keep=()):
     """`sample`, decoded: yields (part of the list, PIL images, states). Decoding one 1024 px image takes 3
     GiB at the real size.
     """
-    for part, x0, states in sample(sampler, encoded, images, grid, t, sigma, cfg, seed, batch, keep):
+    for part, x0, states in sample(sampler, encoded, keys, grid, t, sigma, cfg, seed, batch, keep):
         latents = x0.mT.unflatten(2, grid).split(max(1, min(4, 4096 // x0.shape[1])))          # (B', C, h, w)
         yield part, [image for few in latents for image in to_images(vae.decode(few))], states
-
-
-def forward_flops(config, tokens, prompt):
-    """Multiply-adds x 2 of one velocity of `tokens` target tokens that look at a prompt and at themselves."""
-    prefix = prefix_tokens(prompt)
-    dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-    matrices = layers * (4 + 3 * config["mlp_ratio"]) * dim**2 + 2 * config["in_channels"] * dim
-    return 2 * tokens * matrices + 4 * layers * tokens * (tokens + prefix) * dim
 
 
 def matmul_peak(device):
@@ -1544,7 +1580,7 @@ def backward_prefixes(prefixes, leaves):
     torch.autograd.backward(kv, [leaf.grad.to(x.dtype) for x, leaf in zip(kv, gathered)])
 
 
-# ---- 5. rewards --------------------------------------------------------------------------------------------
+# ---- 6. rewards --------------------------------------------------------------------------------------------
 
 RUBRICS = {  # Sec. 3.2, 3.3
     "alignment":
@@ -1701,10 +1737,10 @@ class VLMScorer:
     def read(self, images, prompts, sources):
         """Per image (score or exception, probability mass on the five scores, reasoning)."""
         answers, asked = [], [[*before, image] for before, image in zip(sources, images)]
-        for rows in self.batches(asked):
-            pictures = [asked[i] for i in rows]
+        for batch in self.batches(asked):
+            pictures = [asked[i] for i in batch]
             texts = [score_text(self.processor.tokenizer, self.rubric, prompts[i], len(p), self.reasoning)
-                     for i, p in zip(rows, pictures)]
+                     for i, p in zip(batch, pictures)]
             flat = [on_white(image) for p in pictures for image in p]
             thoughts = self.reason(texts, flat) if self.reasoning else [""] * len(texts)
             texts = [f"{text}{thought or ''}<score>" for text, thought in zip(texts, thoughts)]
@@ -1722,16 +1758,16 @@ class VLMScorer:
     def batches(self, asked):
         """Cut lists of pictures into batches by their pixels, at least one a batch; yields their row numbers.
         """
-        rows, pixels = [], 0
+        batch, pixels = [], 0
         for i, pictures in enumerate(asked):
             size = sum(picture.width * picture.height for picture in pictures)
-            if rows and (len(rows) == self.BATCH or pixels + size > self.PIXELS):
-                yield rows
-                rows, pixels = [], 0
-            rows.append(i)
+            if batch and (len(batch) == self.BATCH or pixels + size > self.PIXELS):
+                yield batch
+                batch, pixels = [], 0
+            batch.append(i)
             pixels += size
-        if rows:
-            yield rows
+        if batch:
+            yield batch
 
     def reason(self, texts, images):
         """The VLM's own words up to <score>, None where it never got there."""
@@ -2156,7 +2192,7 @@ def load_function(source):
     return getattr(module, name)
 
 
-# ---- 6. sharding -------------------------------------------------------------------------------------------
+# ---- 7. sharding -------------------------------------------------------------------------------------------
 
 
 def setup():
@@ -2227,8 +2263,8 @@ def release(model):
             module.reshard()
 
 
-def own_rows(model):
-    """This rank's rows of a sharded model's parameters, fp32, in parameter order."""
+def local_shards(model):
+    """This rank's rows of every parameter of a sharded model, fp32, in parameter order."""
     release(model)  # the root stays gathered after a forward without backward
     return [param.to_local().detach() for param in model.parameters()]
 
@@ -2250,11 +2286,11 @@ def pinned(x):
     return pages
 
 
-def park(rows, dtype):
-    """A copy of this rank's rows in host memory, pinned where there is a GPU: what waits for its turn in the
-    slot.
+def to_host(shards, dtype):
+    """A copy of this rank's shards in host memory, pinned where there is a GPU: weights that wait for their
+    turn in the frozen network.
     """
-    return [pinned(row.to(dtype, copy=True).cpu()) for row in rows]
+    return [pinned(shard.to(dtype, copy=True).cpu()) for shard in shards]
 
 
 def gather(out, share):
@@ -2266,13 +2302,13 @@ def gather(out, share):
 
 
 @torch.no_grad()
-def fill(slot, rows):
-    """Gather every rank's rows straight into the slot's storage, rounded to its dtype; addresses never
+def gather_weights(network, shards):
+    """All ranks' shards become the whole weights of a network, in its storage and dtype; addresses never
     change.
     """
-    for param, row in zip(slot.parameters(), rows, strict=True):
+    for param, shard in zip(network.parameters(), shards, strict=True):
         # one host thread converts slowly
-        gather(param.data, row.to(param.device, non_blocking=True).to(param.dtype).contiguous())
+        gather(param.data, shard.to(param.device, non_blocking=True).to(param.dtype).contiguous())
 
 
 def all_gather_list(values):
@@ -2282,7 +2318,7 @@ def all_gather_list(values):
     return [value for part in lists for value in part]
 
 
-# ---- 7. memory ---------------------------------------------------------------------------------------------
+# ---- 8. memory ---------------------------------------------------------------------------------------------
 
 # peaks that shapes do not tell, in activations (tokens x width, in the compute dtype) or pixels x channels of
 # the VAE
@@ -2297,26 +2333,26 @@ class Job(NamedTuple):
     """The sizes that decide what memory a training run takes.
 
     tokens, batch   of an image; images sampled at once
-    rows            (image, timestep) pairs of a micro-batch
+    micro_batch     (image, timestep) pairs of a micro-batch
     pair, prefix    prefix tokens of the longest prompt: of both branches of the rollout; of those that an
                     update looks at
     kept            bytes of states and frozen velocities that wait for the updates
     encoder         bytes of the text encoder
     judges, table   bytes of the local VLMs that score rollouts; of these and of those for the final table
                     alone
-    parked          bytes of this rank's rows that wait in host memory for the slot
+    waiting         bytes of this rank's shards that wait in host memory for the frozen network
     """
 
     tokens: int
     batch: int
-    rows: int
+    micro_batch: int
     pair: int
     prefix: int
     kept: int = 0
     encoder: int = 0
     judges: int = 0
     table: int = 0
-    parked: int = 0
+    waiting: int = 0
     offload: bool = False
     checkpointing: bool = True
 
@@ -2340,29 +2376,29 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
     """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's
     context and NCCL's buffers come on top. width: bytes of a number in the compute dtype; masters, gradients
     and Adam are fp32."""
-    dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    dim, layers = network_width(config), config["num_layers"]
     with torch.device("meta"):
         network, vae = FlowTransformer(config), VAE(vae_config)
     count = sum(param.numel() for param in network.parameters())
     block = sum(param.numel() for param in network.transformer_blocks[0].parameters())
     share, token, kv = (0 if job.offload else count // world), width * dim, 2 * layers * width * dim
     decoder = width * sum(param.numel() for param in vae.parameters())
-    # slot, VAE, masters and Adam
+    # frozen network, VAE, masters and Adam
     resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)
     scoring = JUDGING * job.judges + (0 if mode.judges_stay else job.judges)
 
-    pixels = 256 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
+    pixels = LATENT**2 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
     decoding = DECODING * width * (vae_config["decoder_base_dim"] or vae_config["base_dim"]) * pixels
     sampling = kv * job.pair + FORWARD * token * job.batch * job.tokens  # arena; what the graph works on
     prefix = FORWARD * token * job.pair
-    looked_at = job.rows * (job.tokens + job.prefix)  # keys of a micro-batch
+    looked_at = job.micro_batch * (job.tokens + job.prefix)  # keys of a micro-batch
     frozen = kv * job.prefix + FORWARD * token * max(looked_at, job.prefix)
 
     # activations that a forward pass leaves for the backward pass
     inputs = layers if job.checkpointing else layers * BACKWARD
     # keys and values, the fp32 leaves, the gradients of these
     update = (kv + 16 * layers * dim + inputs * token) * job.prefix
-    update += max((inputs + BACKWARD) * token * job.rows * job.tokens + 8 * token * looked_at,
+    update += max((inputs + BACKWARD) * token * job.micro_batch * job.tokens + 8 * token * looked_at,
                   BACKWARD * token * job.prefix)
     weights = count if mode.gathered else count - layers * block + 2 * block
     gradients = 4 * (count if mode.once else share) + 8 * block
@@ -2388,7 +2424,7 @@ def host_bytes(config, world, job, cuda):
     locked = sum(2 ** math.ceil(math.log2(size)) if cuda else size for size in sizes)
     offloaded = {"fp32 weights and gradients": 2 * world * locked,
                  "Adam": 2 * world * sum(sizes)} if job.offload else {}
-    return offloaded | {"waiting for the slot": world * job.parked, "judges": job.table * cuda}
+    return offloaded | {"waiting weights": world * job.waiting, "judges": job.table * cuda}
 
 
 def context_bytes(world):
@@ -2473,7 +2509,7 @@ def host_memory():
     return total if allowed == "max" else min(total, int(allowed))
 
 
-# ---- 8. reports --------------------------------------------------------------------------------------------
+# ---- 9. reports --------------------------------------------------------------------------------------------
 
 FEW = 5  # prompts below which a mean has no interval: its standard error is itself hardly known
 
@@ -2529,7 +2565,7 @@ def caption_font(captions):
             return ImageFont.truetype(name, 10)
 
 
-def image_grid_png(path, *rows, columns=8, titles=()):
+def contact_sheet(path, *rows, columns=8, titles=()):
     """Save lists of (label, PIL image) pairs as rows of a picture, with a title beside each if there are any;
     longer lists are cut into several, which interleave. Labels that no font can show are numbers, and what
     they mean is in a text file beside the picture.
@@ -2599,7 +2635,7 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     image.save(path)
 
 
-# ---- 9. runs: what the scripts do around their algorithm ---------------------------------------------------
+# ---- 10. runs: what the scripts do around their algorithm --------------------------------------------------
 
 STOP = threading.Event()  # the run was asked to end: what waits gives up, the step is finished and saved
 
@@ -2682,9 +2718,9 @@ def bounded(kind, low, high=math.inf, above=False):
 
 
 def image_side(text):
-    """An argparse type: pixels, a multiple of 32."""
-    if not text.isdecimal() or int(text) < 32 or int(text) % 32:
-        raise argparse.ArgumentTypeError(f"{text}: a side of the image is a multiple of 32 pixels")
+    """An argparse type: pixels, a multiple of SIDE."""
+    if not text.isdecimal() or int(text) < SIDE or int(text) % SIDE:
+        raise argparse.ArgumentTypeError(f"{text}: a side of the image is a multiple of {SIDE} pixels")
     return int(text)
 
 
@@ -2893,7 +2929,7 @@ class HeldOut:
         """A picture of the first prompts. All ranks call, rank 0 writes."""
         shown = self.shown(self.images([i for i in self.ids if i < self.SHOWN], 1, cfg))
         if dist.get_rank() == 0:
-            image_grid_png(path, shown)
+            contact_sheet(path, shown)
 
     def scores(self, rewards, number, cfg):
         """Scores by all rewards (K, prompts, number), NaN where there is none, and [(prompt, its first
@@ -2911,8 +2947,8 @@ class HeldOut:
         scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
         return scores, self.shown(images[::number])
 
-    def final_table(self, folder, root, rows, rewards, images, guidance):
-        """Draw with the base of `root`, then with the weights of which this rank has `rows`; leave the
+    def final_table(self, folder, root, shards, rewards, images, guidance):
+        """Draw with the base of `root`, then with the weights of which this rank has `shards`; leave the
         pictures in `folder` and, if there are rewards, print the table. All ranks call.
 
         guidance: {name: scale} of the two; about so many `images` each, the same number for every prompt.
@@ -2921,7 +2957,7 @@ class HeldOut:
         number = math.ceil(images / len(self.requests))
         load_weights(self.sampler.model, root / "transformer")
         before, pictures_before = self.scores(rewards, number, base_cfg)
-        fill(self.sampler.model, rows)
+        gather_weights(self.sampler.model, shards)
         after, pictures_after = self.scores(rewards, number, cfg)
         if dist.get_rank() > 0:
             return
@@ -2929,7 +2965,7 @@ class HeldOut:
         if rewards:
             report(folder, rewards, before, after,
                    f"{len(self.requests)} held-out prompts x {number} images, guidance {scales}, same seeds")
-        image_grid_png(folder / "samples" / "before_after.png", pictures_before[:self.SHOWN],
+        contact_sheet(folder / "samples" / "before_after.png", pictures_before[:self.SHOWN],
                        pictures_after[:self.SHOWN], titles=(base, trained))
 
 

@@ -40,16 +40,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError,
-    VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards, command_line,
-    compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
-    directory_name, encode_prompts, fill, find_model, forward_flops, free_memory, generate, guidance_source,
-    guided_velocity, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts, load_rewards,
-    load_vae, load_vlms, longest_prefix, materialise, matmul_peak, network_width, new_transformer,
-    noise_stream, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share,
-    read_log, reduce_gradients, release, resume_command, reward_threads, sampling_settings, save_checkpoint,
-    save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping,
-    tiny_prompts, unseat_judges, vlm_bytes, weight_bytes, write_log)
+    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining,
+    UserError, VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards,
+    command_line, compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
+    directory_name, encode_prompts, find_model, forward_flops, free_memory, gather_weights, generate,
+    guidance_source, guided_velocity, image_side, in_pixels, keep_gathered, latent_shape, line_chart,
+    load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, local_shards, longest_prefix,
+    materialise, matmul_peak, network_width, new_transformer, noise_stream, open_run, parse_run, plan_memory,
+    prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients, release, resume_command,
+    reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard, speed_record,
+    stop_at_once, stop_gently, stopped, stopping, tiny_prompts, to_host, unseat_judges, vlm_bytes,
+    weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -104,7 +105,7 @@ def parse_args(argv=None):
     add("--group-size", type=bounded(int, 2), default=8, metavar="G",
         help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+        help=f"pixels, multiples of {SIDE} (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=bounded(int, 2), metavar="T",
         help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--cfg", type=bounded(float, 0), metavar="S",
@@ -308,7 +309,7 @@ def nft_loss(v, v_old, v_target, r, beta):
     v, v_old  (B, N, C)  the objective's velocities by the trained and the old policy at x_t;  v_target (B, N,
                          C)  eps - x_0
     r         (B,)       Eq. 8: 1 for the best images, 0 for the worst
-    Returns the loss summed over rows.
+    Returns the loss summed over the batch.
     """
     v_plus = beta * v + (1 - beta) * v_old                                                # (B, N, C)  Eq. 7
     v_minus = (1 + beta) * v_old - beta * v                                               # (B, N, C)  Eq. 7
@@ -318,7 +319,7 @@ def nft_loss(v, v_old, v_target, r, beta):
 
 
 def kl_loss(v, v_ref):
-    """Velocity KL to the reference, mean over dimensions, summed over rows: (B, N, C) -> ()."""
+    """Velocity KL to the reference, mean over dimensions, summed over the batch: (B, N, C) -> ()."""
     return (v - v_ref).pow(2).mean(dim=(1, 2)).sum()                                                   # Eq. 9
 
 
@@ -356,7 +357,8 @@ def set_up(args):
     run.policy = new_transformer(run.root, torch.float32)
     run.config = run.policy.config
     run.grid, run.t, run.cfg = sampling_settings(run.root, args.size, args.sampler_steps, args.cfg)
-    run.tokens, run.T = run.grid[0] * run.grid[1], len(run.t) - 1                             # t (T+1,)
+    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.branches = 2 if args.guided_objective and run.cfg != 1 else 1  # prompt, and prompt without text
     run.G, run.U = args.group_size, args.updates_per_rollout
@@ -400,46 +402,47 @@ def make_schedule(run):
     run.adv_max = max(1, run.G - 1) ** 0.5 if args.adv_max is None else args.adv_max
     pairs = [(d, g) for d in range(args.draws) for g in range(run.G)]
     run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
-    # sum over rows -> mean over the update; FSDP averages over ranks
+    # sum over a micro-batch -> mean over the update; FSDP averages over ranks
     run.scale = run.world / (run.P * run.G * args.draws / run.U)
 
 
 def load_models(run):
-    """The trained policy, and the slot: a whole network on every rank, never trained, that `fill` turns into
-    the policy (grids), the old policy (rollout, v_old), then the base (v_ref); for the final table into base
-    and policy.
+    """The policy, sharded, and the frozen network: a whole one on every rank, never trained, that
+    `gather_weights` turns into the policy (pictures), the old policy (rollout, v_old), then into the base
+    (v_ref); for the final table into base and policy.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
     load_vlms(run.rewards + run.judges, device)
     checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * run.tokens * run.config["in_channels"]  # a latent per image
-    own_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank's own rows
+    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
+    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
     run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, rows=run.micro_batch, pair=longest,
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
         prefix=longest_prefix(run.encoded, run.branches),
         kept=4 * state_floats * args.draws * (3 + bool(args.kl_coef)),
         encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
         table=vlm_bytes(run.rewards + run.judges),
-        parked=(4 + dtype.itemsize * bool(args.kl_coef)) * own_size,
+        waiting=(4 + dtype.itemsize * bool(args.kl_coef)) * shard_size,
         offload=args.offload, checkpointing=checkpointing))
 
-    run.slot = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
+    run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        compile_blocks(run.slot, run.policy)
+        compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
     run.policy.checkpointing = checkpointing
-    run.reference = park(own_rows(run.policy), dtype) if args.kl_coef else []  # the base, as no checkpoint is
+    # the base, as no checkpoint is loaded yet
+    run.reference = to_host(local_shards(run.policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: the loss is a mean over dimensions
     run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=run.lr, betas=(0.9, 0.95), eps=1e-10,
                                       weight_decay=0, fused=True)
-    run.old = park(own_rows(run.policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
+    run.old = to_host(local_shards(run.policy), torch.float32)  # EMA in fp32: bf16 would lose its drift
     run.start = 0
     if args.resume:
         run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer, run.old)
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.slot, on_gpu and not args.offload if args.graph is None else args.graph,
+    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
                           longest, args.cudnn)
     run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                            args.seed, run.batch)
@@ -449,7 +452,7 @@ def load_models(run):
 def describe(run):
     """The header."""
     args = run.args
-    images = f"{run.P} prompts x {run.G} images of {16 * run.grid[1]}x{16 * run.grid[0]}"
+    images = f"{run.P} prompts x {run.G} images of {in_pixels(run.grid)}"
     describe_run(run.folder, args, run.policy, run.device, images, run.requests, run.heldout)
     print(f"sampler: {run.T} steps, guidance {run.cfg:g} ({guidance_source(run.root, args.cfg)}); "
           f"trained at t = {', '.join(f'{run.t[k]:.3f}' for k in run.trained)}, "
@@ -461,11 +464,11 @@ def describe(run):
 
 
 def roll_out(run, step, ids, scores):
-    """Images by the old policy in the slot, guided, given to the rewards batch by batch; then noised again,
+    """Images by the old policy, guided, given to the rewards batch by batch; then noised again,
     group by group.
     """
-    images, kept = [(step, i, g) for i in ids for g in range(run.G)], []
-    for chunk, decoded, states in generate(run.sampler, run.vae, run.encoded, images, run.grid, run.t,
+    keys, kept = [(step, i, g) for i in ids for g in range(run.G)], []
+    for chunk, decoded, states in generate(run.sampler, run.vae, run.encoded, keys, run.grid, run.t,
                                            run.sigma, run.cfg, run.args.seed, run.batch, run.keep):
         kept.append(states[run.T][0])
         scores.ask(run.pools, decoded, [run.requests[i] for _, i, _ in chunk])
@@ -486,7 +489,7 @@ def noised(run, x0, step, i):
     return (1 - t) * x0 + t * eps, eps - x0, t                                                         # Eq. 1
 
 
-def rows(run, states, group, micro):
+def select(run, states, group, micro):
     """x_t, v = eps - x_0 (B, N, C) and t (B, 1, 1) of a micro-batch."""
     d, g = map(list, zip(*micro))
     return [part[d, g] for part in states[group]]
@@ -494,15 +497,15 @@ def rows(run, states, group, micro):
 
 @torch.no_grad()
 def frozen_velocities(run, ids, states):
-    """Velocities by what is in the slot on the very micro-batches that will be trained: {(group, m): v (B, N,
+    """Velocities by the frozen network on the very micro-batches that will be trained: {(group, m): v (B, N,
     C)}.
     """
     velocities = {}
     for group, i in enumerate(ids):
-        prefixes = [run.slot.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
+        prefixes = [run.frozen.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
         for m, micro in enumerate(run.micro_batches):
-            x, _, t = rows(run, states, group, micro)[:3]
-            velocities[group, m] = guided_velocity(run.slot, x, t.flatten(), *prefixes, cfg=run.cfg)
+            x, _, t = select(run, states, group, micro)[:3]
+            velocities[group, m] = guided_velocity(run.frozen, x, t.flatten(), *prefixes, cfg=run.cfg)
     return velocities
 
 
@@ -513,7 +516,7 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
     prefixes = [run.policy.prefix([prompt], run.grid) for prompt in prompts]
     leaves = [*map(detach_prefix, prefixes)]
     for m, micro in enumerate(run.micro_batches):
-        x, v_target, t = rows(run, states, group, micro)
+        x, v_target, t = select(run, states, group, micro)
         r = optimality(advantage[[g for _, g in micro]], run.adv_max).to(run.device)           # (B,)
         v = guided_velocity(run.policy, x, t.flatten(), *leaves, cfg=run.cfg)                  # (B, N, C)
         loss = nft_loss(v, v_old[group, m], v_target, r, run.args.beta)
@@ -563,7 +566,7 @@ def train_step(run, step):
     scores = StepScores(run.rewards, [run.requests[i] for i in ids], run.G)
 
     # roll out by the old policy; a decoded batch is scored in the background from here on
-    fill(run.slot, run.old)
+    gather_weights(run.frozen, run.old)
     seat_judges(run.rewards, run.device)
     states = roll_out(run, step, ids, scores)
     clock.lap("rollout")
@@ -571,7 +574,7 @@ def train_step(run, step):
     # frozen velocities, before the first update
     v_old, v_ref = frozen_velocities(run, ids, states), {}
     if run.reference:
-        fill(run.slot, run.reference)
+        gather_weights(run.frozen, run.reference)
         v_ref = frozen_velocities(run, ids, states)
     clock.lap("frozen")
 
@@ -587,9 +590,9 @@ def train_step(run, step):
 
     updates = [update(run, step, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
     decay = min(run.args.old_decay, step / (step + 10))                                         # difference 3
-    for row, new in zip(run.old, own_rows(run.policy)):
+    for old, new in zip(run.old, local_shards(run.policy)):
         # on the GPU: the host takes seconds for the 7B
-        row.copy_(row.to(run.device).lerp_(new.to(run.device), 1 - decay))
+        old.copy_(old.to(run.device).lerp_(new.to(run.device), 1 - decay))
     clock.lap("train")
     return log_line(run, ids, scores, updates, clock.seconds)
 
@@ -646,7 +649,7 @@ def train(run):
                dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
-            fill(run.slot, own_rows(run.policy))
+            gather_weights(run.frozen, local_shards(run.policy))
             run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
@@ -680,7 +683,7 @@ def finish(run):
     if args.eval_images:
         judges = run.rewards + run.judges
         seat_judges(judges, run.device)
-        run.pictures.final_table(folder, run.root, own_rows(run.policy), judges, args.eval_images,
+        run.pictures.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
                                  {"base": run.cfg, "trained": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")

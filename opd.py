@@ -26,21 +26,23 @@ Differs from the paper:
 """
 
 import argparse
+import math
 import time
 from typing import NamedTuple
 from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError, all_gather_list, backward_prefixes,
-    bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype, create_shared,
-    describe_run, detach_prefix, directory_name, encode_prompts, fill, find_model, forward_flops, free_memory,
-    guidance_source, guided_velocity, image_side, keep_gathered, line_chart, load_checkpoint, load_prompts,
-    load_rewards, load_vae, load_vlms, load_weights, longest_prefix, materialise, matmul_peak, network_width,
-    new_transformer, open_run, own_rows, park, parse_run, plan_memory, prompt_ids, prompts_per_step,
-    rank_share, read_config, read_log, reduce_gradients, release, resume_command, sample, sampling_settings,
-    save_checkpoint, save_model, seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped,
-    stopping, synchronize, tiny_prompts, vlm_bytes, weight_bytes, write_log)
+    SIDE, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError, all_gather_list,
+    backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype,
+    create_shared, describe_run, detach_prefix, directory_name, encode_prompts, find_model, forward_flops,
+    free_memory, gather_weights, guidance_source, guided_velocity, image_side, in_pixels, keep_gathered,
+    latent_shape, line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, load_weights,
+    local_shards, longest_prefix, materialise, matmul_peak, network_width, new_transformer, open_run,
+    parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_config, read_log, reduce_gradients,
+    release, resume_command, sample, sampling_settings, save_checkpoint, save_model, seat_judges, setup,
+    shard, speed_record, stop_at_once, stop_gently, stopped, stopping, synchronize, tiny_prompts, to_host,
+    vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -91,7 +93,7 @@ def parse_args(argv=None):
     add("--group-size", type=bounded(int, 1), default=4, metavar="G",
         help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+        help=f"pixels, multiples of {SIDE} (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=bounded(int, 2), metavar="T",
         help="default: the checkpoint's sample_sigmas, else 40 (the paper's)")
     add("--train-timesteps", default="all", metavar="STEPS",
@@ -152,11 +154,11 @@ def trained_steps(spec, total):
 
 
 class Teacher(NamedTuple):
-    """What waits for its turn in the slot: this rank's rows in host memory, the guidance scale, and what it
-    was trained on.
+    """What waits for its turn in the frozen network: this rank's shards in host memory, the guidance scale,
+    and what it was trained on.
     """
 
-    rows: list
+    shards: list
     cfg: float
     trained_on: list
 
@@ -187,7 +189,7 @@ def opd_loss(v, v_teacher, weight):
     v          (B, N, C)  unguided velocity of the student;  v_teacher (B, N, C)  guided velocity of its
                           task's teacher
     weight     (B,)       1 (Eq. 14), or N |dt| (Eq. 18)
-    Returns the loss summed over rows, and the squared error of every row (B,).
+    Returns the loss summed over the batch, and the squared error of each (B,).
     """
     error = (v - v_teacher).pow(2).mean(dim=(1, 2))                                       # (B,)  difference 2
     return (weight * error).sum(), error.detach()                                         # ()         Eq. 14
@@ -228,7 +230,8 @@ def set_up(args):
     run.config = run.policy.config
     run.grid, run.t, run.base_cfg = sampling_settings(run.root, args.size, args.sampler_steps)
     run.cfg = 1.0  # the student's
-    run.tokens, run.T = run.grid[0] * run.grid[1], len(run.t) - 1                             # t (T+1,)
+    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.G, run.U = args.group_size, args.updates_per_rollout
     run.lr = LR * 4096 / network_width(run.config) if args.lr is None else args.lr
@@ -270,30 +273,30 @@ def make_schedule(run):
     run.weight = weight.to(run.device)                                                                  # (T,)
     pairs = [(k, g) for k in run.trained for g in range(run.G)]
     run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
-    # sum over rows -> mean over the update; FSDP averages over ranks
+    # sum over a micro-batch -> mean over the update; FSDP averages over ranks
     run.scale = run.world / (run.P * run.G * len(run.trained) / run.U)
 
 
 def load_models(run):
-    """The student, and the slot: a whole network on every rank, never trained, that `fill` turns into the
-    student for sampling, then into the teachers.
+    """The student, sharded, and the frozen network: a whole one on every rank, never trained, that
+    `gather_weights` turns into the student for sampling, then into the teachers.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
     load_vlms(run.judges, device)
     checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * run.tokens * run.config["in_channels"]  # a latent per image
-    own_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank's own rows
+    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
+    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     longest = longest_prefix(run.encoded, 2)
     run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, rows=run.micro_batch, pair=longest,
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
         prefix=longest_prefix(run.encoded, 1), kept=8 * state_floats * len(run.trained),
         encoder=weight_bytes(run.root / "text_encoder"), table=vlm_bytes(run.judges),
-        parked=len(run.roots) * dtype.itemsize * own_size,
+        waiting=len(run.roots) * dtype.itemsize * shard_size,
         offload=args.offload, checkpointing=checkpointing))
 
-    run.slot = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
+    run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
-        compile_blocks(run.slot, run.policy)
+        compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
     run.policy.checkpointing = checkpointing
@@ -304,7 +307,7 @@ def load_models(run):
                                       weight_decay=0, fused=True)
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.slot, on_gpu and not args.offload if args.graph is None else args.graph,
+    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
                           longest, args.cudnn)
     run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                            args.seed, run.batch)
@@ -312,16 +315,16 @@ def load_models(run):
 
 
 def load_teacher(run, root, dtype):
-    """Through the student's storage: a rank reads and keeps its own rows alone."""
+    """Through the student's storage: a rank reads and keeps its own shards alone."""
     own = read_config(root / "model_index.json").get("_sampling", {})
     cfg = own.get("guidance_scale", 1.0) if run.args.teacher_cfg is None else run.args.teacher_cfg
-    teacher_rows = park(own_rows(load_weights(run.policy, root / "transformer")), dtype)
-    return Teacher(teacher_rows, cfg, own.get("trained_on", []))
+    shards = to_host(local_shards(load_weights(run.policy, root / "transformer")), dtype)
+    return Teacher(shards, cfg, own.get("trained_on", []))
 
 
 def describe(run):
     """The header."""
-    images = f"{run.P} prompts x {run.G} images of {16 * run.grid[1]}x{16 * run.grid[0]}"
+    images = f"{run.P} prompts x {run.G} images of {in_pixels(run.grid)}"
     describe_run(run.folder, run.args, run.policy, run.device, images, run.requests, run.heldout)
     print(f"sampler: {run.T} steps, unguided student; trained at t = "
           f"{', '.join(f'{run.t[k]:.3f}' for k in run.trained)}; lr {run.lr:.2g}")
@@ -337,15 +340,15 @@ def roll_out(run, step, ids):
     """The student's own unguided trajectory, {k: x (groups, G, N, C)} of the trained steps; nothing is
     decoded.
     """
-    images = [(step, i, g) for i in ids for g in range(run.G)]
-    batches = sample(run.sampler, run.encoded, images, run.grid, run.t, torch.zeros(run.T), run.cfg,
+    keys = [(step, i, g) for i in ids for g in range(run.G)]
+    batches = sample(run.sampler, run.encoded, keys, run.grid, run.t, torch.zeros(run.T), run.cfg,
                      run.args.seed, run.batch, run.trained)
     states = [kept for *_, kept in batches]
     return {k: torch.cat([kept[k][0] for kept in states]).unflatten(0, (len(ids), run.G))
             for k in run.trained}
 
 
-def rows(run, states, group, micro):
+def select(run, states, group, micro):
     """x (B, N, C) and t (B,) of a micro-batch."""
     x = torch.stack([states[k][group, g] for k, g in micro])
     return x, run.t[[k for k, _ in micro]].to(run.device)
@@ -353,16 +356,16 @@ def rows(run, states, group, micro):
 
 @torch.no_grad()
 def teacher_velocities(run, task, ids, states):
-    """Guided velocities by the task's teacher, in the slot, on the very micro-batches that will be trained:
+    """Guided velocities by the task's teacher on the very micro-batches that will be trained:
     {(group, m): v (B, N, C)}.
     """
     velocities, cfg = {}, run.teachers[task].cfg
     for group in (group for group, i in enumerate(ids) if run.requests[i].task == task):
         branches = run.encoded[ids[group]][:2 if cfg != 1 else 1]
-        prefixes = [run.slot.prefix([prompt], run.grid) for prompt in branches]
+        prefixes = [run.frozen.prefix([prompt], run.grid) for prompt in branches]
         for m, micro in enumerate(run.micro_batches):
-            x, t = rows(run, states, group, micro)
-            velocities[group, m] = guided_velocity(run.slot, x, t, *prefixes, cfg=cfg)
+            x, t = select(run, states, group, micro)
+            velocities[group, m] = guided_velocity(run.frozen, x, t, *prefixes, cfg=cfg)
     return velocities
 
 
@@ -371,7 +374,7 @@ def train_group(run, group, prompt, states, v_teacher, sums):
     prefix = run.policy.prefix([prompt], run.grid)
     leaves = detach_prefix(prefix)
     for m, micro in enumerate(run.micro_batches):
-        x, t = rows(run, states, group, micro)
+        x, t = select(run, states, group, micro)
         v = run.policy.velocity(x, t, leaves)                                             # (B, N, C) unguided
         loss, error = opd_loss(v, v_teacher[group, m], run.weight[[k for k, _ in micro]])
         sums.loss += loss.detach()
@@ -405,15 +408,15 @@ def train_step(run, step):
     ids, clock = run.shares[step], Clock(run.device)
 
     # roll out by the student
-    fill(run.slot, own_rows(run.policy))
+    gather_weights(run.frozen, local_shards(run.policy))
     states = roll_out(run, step, ids)
     clock.lap("rollout")
 
-    # the teachers take the slot in turn; every rank loads those that any rank needs
+    # the teachers take the frozen network in turn; every rank loads those that any rank needs
     v_teacher, swap_seconds = {}, 0.0
     for task in sorted({run.requests[i].task for i in run.steps[step]}, reverse=True):
         began = time.perf_counter()
-        fill(run.slot, run.teachers[task].rows)
+        gather_weights(run.frozen, run.teachers[task].shards)
         synchronize(run.device)
         swap_seconds += time.perf_counter() - began
         v_teacher |= teacher_velocities(run, task, ids, states)
@@ -486,7 +489,7 @@ def train(run):
                dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
-            fill(run.slot, own_rows(run.policy))
+            gather_weights(run.frozen, local_shards(run.policy))
             run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
@@ -520,7 +523,7 @@ def finish(run):
     free_memory()
     if args.eval_images:
         seat_judges(run.judges, run.device)
-        run.pictures.final_table(folder, run.root, own_rows(run.policy), run.judges, args.eval_images,
+        run.pictures.final_table(folder, run.root, local_shards(run.policy), run.judges, args.eval_images,
                                  {"base": run.base_cfg, "student": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")

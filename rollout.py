@@ -34,9 +34,9 @@ import time
 from pathlib import Path
 
 from model import (
-    FEW, UNDEFINED, ArgumentParser, Request, Sampler, UserError, bounded, check_rewards, command_line,
-    compute_dtype, create_shared, directory_name, encode_prompts, find_model, forward_flops, generate,
-    guidance_source, half_interval, image_grid_png, image_side, load_prompts, load_rewards, load_vae,
+    FEW, SIDE, UNDEFINED, ArgumentParser, Request, Sampler, UserError, bounded, check_rewards, command_line,
+    compute_dtype, contact_sheet, create_shared, directory_name, encode_prompts, find_model, forward_flops,
+    generate, guidance_source, half_interval, image_side, in_pixels, load_prompts, load_rewards, load_vae,
     load_vlms, longest_prefix, materialise, matmul_peak, new_transformer, open_picture, read_config,
     reward_threads, sampling_settings, seat_judges, setup, write_text)
 import numpy as np
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--group-size", type=bounded(int, 1), default=8, metavar="G",
         help="images per prompt (default: %(default)s)")
     add("--size", type=image_side, nargs=2, metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the checkpoint's, else 512 512)")
+        help=f"pixels, multiples of {SIDE} (default: the checkpoint's, else 512 512)")
     add("--sampler-steps", type=bounded(int, 2), metavar="T",
         help="default: the checkpoint's sample_sigmas, else 40")
     add("--cfg", type=bounded(float, 0), metavar="S",
@@ -452,7 +452,7 @@ def compare(players, vote, tie, out):
     shown = [[(record["prompt"], Image.open(record["folder"] / record["file"]))
               for record in by_prompt(records)[:24]]
              for records in players.values()]
-    image_grid_png(out / "comparison.png", *shown, titles=tuple(players))
+    contact_sheet(out / "comparison.png", *shown, titles=tuple(players))
     print(f"{text}\n\nwrote {out}/comparison.md, .json and .png")
 
 
@@ -549,7 +549,7 @@ def draw(args):
     done = {(record["id"], record["image"]) for record in before if not record.get("failed")}
     todo = [i for i in range(len(requests)) if any((i, g) not in done for g in range(G))]
     if rank == 0:
-        print(f"{folder}: {len(requests)} prompts x {G} images of {16 * grid[1]}x{16 * grid[0]}, "
+        print(f"{folder}: {len(requests)} prompts x {G} images of {in_pixels(grid)}, "
               f"{len(t) - 1} steps, guidance {cfg:g} ({guidance_source(root, args.cfg)})"
               + f"; {len(requests) - len(todo)} prompts are there already" * (len(todo) < len(requests)))
     mine = todo[rank::world]
@@ -617,7 +617,7 @@ def show(folder, records):
         label = record["prompt"] if score is None else f"{score:.2f} {record['prompt']}"
         rows[record["id"]].append((label, folder / record["file"]))
     first = [[(label, Image.open(path)) for label, path in row[:8]] for row in list(rows.values())[:12]]
-    image_grid_png(folder / "grid.png", *first)
+    contact_sheet(folder / "grid.png", *first)
     print(f"{len(records)} images in {folder / 'images'}, the first in {folder / 'grid.png'}")
 
 

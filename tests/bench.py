@@ -366,7 +366,7 @@ def random_prompt(config, length, seed, source=None):
     if source:
         slots[4:4] = [True] * (source[0] * source[1] // 4)
     sources = [torch.randn(config["in_channels"], *source, generator=generator)] if source else []
-    return model.Prompt(torch.randn(len(slots), config["context_in_dim"], generator=generator), slots,
+    return model.EncodedPrompt(torch.randn(len(slots), config["context_in_dim"], generator=generator), slots,
                         sources)
 
 
@@ -383,7 +383,7 @@ def plan_job(side, edit, micro_batch=None, offload=False, judges=0, world=8, pro
     # bytes of one fp32 latent of every image of a step
     one = 4 * prompts // world * group * tokens * REAL["in_channels"]
     share = 2 * sum(param.numel() for param in random_shapes(REAL)) // world
-    return model.Job(tokens=tokens, batch=8, rows=micro_batch or max(1, 8192 // tokens),
+    return model.Job(tokens=tokens, batch=8, micro_batch=micro_batch or max(1, 8192 // tokens),
                      pair=2 * source + text + 16, prefix=source + text,
                      kept=one * latents, encoder=ENCODER, judges=judges, table=judges, parked=share,
                      offload=offload)
@@ -402,7 +402,7 @@ def bench_plan(args, config=REAL, text=200):
                    args.group_size,
                    4 * args.timesteps, text)
     images, source = args.prompts * args.group_size, job.tokens if edit else 0
-    prompt = model.Prompt(torch.empty(0), [False] * text + [True] * (source // 4), [])
+    prompt = model.EncodedPrompt(torch.empty(0), [False] * text + [True] * (source // 4), [])
     forward, speed = images * model.forward_flops(config, job.tokens, prompt), 1e12 * args.tflops * args.gpus
     passes = {"rollout, guided": 2 * args.sampler_steps, "old and reference velocities": 2 * args.timesteps,
               "training": 3 * args.timesteps, "or training that recomputes activations": 4 * args.timesteps}

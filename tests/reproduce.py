@@ -275,7 +275,7 @@ def opd():
                         **dict(list(kinds.items())[:4])}.items():
         rows.append([(f"{label}: {r['prompt']}", Image.open(pictures_of(task, kind, 0) / r["file"]))
                      for task in TASKS for r in shown[task]])
-    model.image_grid_png(ASSETS / "opd.png", *rows)
+    model.contact_sheet(ASSETS / "opd.png", *rows)
     return opd_table(records, kinds)
 
 
@@ -344,7 +344,7 @@ def strategies(steps=24, guidances=(2, 1)):
                           "2", "--cfg", str(cfg))
                   for (label, seed, cfg), name in names.items()])
     records = {key: rollout.read_records(ROOT / "rollouts" / name) for key, name in names.items()}
-    model.image_grid_png(ASSETS / "strategies.png", *(
+    model.contact_sheet(ASSETS / "strategies.png", *(
         [(f"{label}, cfg {cfg}: {record['prompt']}", Image.open(record["folder"] / record["file"]))
          for record in rollout.by_prompt(records[label, 0, cfg])[:8]] for label in ("base", *labels)
          for cfg in guidances))

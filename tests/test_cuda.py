@@ -18,7 +18,7 @@ def sample(sampler, length, cfg=2.0):
     """Three images of a random prompt of so many tokens, with two stochastic steps."""
     generator = torch.Generator().manual_seed(length)
     width = sampler.model.config["context_in_dim"]
-    pair = tuple(model.Prompt(torch.randn(n, width, generator=generator), [False] * n, [])
+    pair = tuple(model.EncodedPrompt(torch.randn(n, width, generator=generator), [False] * n, [])
                  for n in (length, 3))
     grid, t, _ = model.sampling_settings(TINY, (64, 64), 6)
     generators = [model.noise_stream(0, 0, 0, g) for g in range(3)]

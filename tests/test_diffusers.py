@@ -47,7 +47,7 @@ def make_prompt(seed, texts, sizes):
     for i, length in enumerate(texts):
         slots += [False] * length + ([True] * (sizes[i][0] * sizes[i][1] // 4) if i < len(sizes) else [])
     embeds = 3 * torch.randn(len(slots), 24, generator=generator)
-    return model.Prompt(embeds, slots, [torch.randn(16, *size, generator=generator) for size in sizes])
+    return model.EncodedPrompt(embeds, slots, [torch.randn(16, *size, generator=generator) for size in sizes])
 
 
 def their_velocity(theirs, x, t, prompt, grid):

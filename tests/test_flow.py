@@ -40,7 +40,7 @@ def make_prompt(seed, texts, sizes=()):
     for i, length in enumerate(texts):
         slots += [False] * length + ([True] * (sizes[i][0] * sizes[i][1] // 4) if i < len(sizes) else [])
     sources = [randn(4, *size, seed=100 * seed + i) for i, size in enumerate(sizes)]
-    return model.Prompt(3 * randn(len(slots), 12, seed=seed), slots, sources)
+    return model.EncodedPrompt(3 * randn(len(slots), 12, seed=seed), slots, sources)
 
 
 @pytest.fixture

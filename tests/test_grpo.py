@@ -132,7 +132,7 @@ def test_hybrid_gradient_on_the_tiny_model():
     root, w, steps = ROOT / "tests" / "tiny" / "model", 3.0, [0, 2]
     network = model.materialise(model.new_transformer(root, torch.float32), root, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    pair = tuple(model.Prompt(torch.randn(n, network.config["context_in_dim"], generator=generator),
+    pair = tuple(model.EncodedPrompt(torch.randn(n, network.config["context_in_dim"], generator=generator),
                               [False] * n, []) for n in (7, 3))
     grid, t, _ = model.sampling_settings(root, (64, 64), 6)
     sigma, generators = model.noise_levels(t, steps, 0.7), [model.noise_stream(0, 0, 0, g)
@@ -243,13 +243,13 @@ def test_two_processes_agree_with_one(tmp_path):
         assert two["advantage_abs"] == pytest.approx(one["advantage_abs"], rel=5e-4)
 
 
-def test_a_slot_that_differs_from_the_policy_is_seen_in_the_first_ratio(tmp_path):
+def test_a_frozen_network_that_differs_from_the_policy_is_seen_in_the_first_ratio(tmp_path):
     code = ("import sys, torch, grpo\n"
-            "fill = grpo.fill\n"
-            "def perturbed(slot, rows):\n"
-            "    fill(slot, rows)\n"
-            "    slot.proj_out.weight.data.mul_(1.001)\n"
-            "grpo.fill = perturbed\n"
+            "gather_weights = grpo.gather_weights\n"
+            "def perturbed(network, shards):\n"
+            "    gather_weights(network, shards)\n"
+            "    network.proj_out.weight.data.mul_(1.001)\n"
+            "grpo.gather_weights = perturbed\n"
             "grpo.main(sys.argv[1:])\n")
     (line,) = run_script(tmp_path, "--reward", ORACLE, "--steps", "1", *SMALL, code=code)
     assert line["ratio_dev"][0] > 0
@@ -269,8 +269,8 @@ def test_editing_with_the_kl_and_several_rewards(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_compiled_blocks_train_the_same(tmp_path, processes):
-    """With recomputed activations; slot and policy are compiled alike, so the first ratio is still 1, and so
-    is the gradient nearly.
+    """With recomputed activations; frozen network and policy are compiled alike, so the first ratio is still
+    1, and so is the gradient nearly.
     """
     logs = []
     for flags in ([], ["--compile"]):

@@ -374,7 +374,7 @@ def test_captions_that_the_font_lacks(tmp_path, monkeypatch, font):
                         **more: ImageFont.load_default(*size) if name == "chinese.ttc" else
                         truetype(name, *size, **more))
     image = Image.new("RGB", (96, 96))
-    model.image_grid_png(tmp_path / "grid.png", [("a red circle", image), ("红色的圆", image)])
+    model.contact_sheet(tmp_path / "grid.png", [("a red circle", image), ("红色的圆", image)])
     assert (tmp_path / "grid.txt").exists() == (not font)
     if not font:
         assert (tmp_path / "grid.txt").read_text(encoding="utf-8") == "#1 a red circle\n#2 红色的圆\n"

@@ -135,7 +135,7 @@ def test_more_teachers_stay_in_host_memory(tmp_path, capsys):
         printed = capsys.readouterr().out
         device, host = (re.search(f"{what}, MiB: (.*),", printed)[1]
                         for what in ("memory of each cpu", "host memory for all ranks"))
-        held.append((device, float(re.search("waiting for the slot ([0-9.]+)", host)[1])))
+        held.append((device, float(re.search("waiting weights ([0-9.]+)", host)[1])))
     (one, parked), (three, more) = held
     assert one == three and more == pytest.approx(3 * parked, abs=0.2) and parked > 5
 

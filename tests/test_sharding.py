@@ -26,7 +26,7 @@ def gradients(dtype, mode, offload, device, rank):
         # the first update reaches the text layers in its last backward pass alone
         for group in range(update + 1):
             generator = torch.Generator().manual_seed(10 * rank + group)
-            prompt = model.Prompt(torch.randn(5, width, generator=generator), [False] * 5, [])
+            prompt = model.EncodedPrompt(torch.randn(5, width, generator=generator), [False] * 5, [])
             prefixes = [policy.prefix([prompt], (4, 4))]
             leaves = [model.detach_prefix(prefix) for prefix in prefixes]
             for _ in range(3):

@@ -343,15 +343,16 @@ def flow_data(rng, encoder, vae, pairs=20000, edits=4000):
         texts.append(world.caption(wrong if rng.random() < MISCAPTIONED else scene))
         pictures.append(maybe_degraded(scene))
     targets = torch.cat([latents(pictures[i:i + 64]) for i in range(0, pairs, 64)])
-    empty = model.Prompt(*embed(" "), [])
-    generated = [(model.Prompt(*embed(text), []), empty, target) for text, target in zip(texts, targets)]
+    empty = model.EncodedPrompt(*embed(" "), [])
+    generated = [(model.EncodedPrompt(*embed(text), []), empty, target)
+                 for text, target in zip(texts, targets)]
     edited = []
     for _ in trange(edits, desc="edit pairs"):
         source, instruction, target = world.sample_edit(rng)
         image = model.fit(world.draw(source), 64 * 64)
         both = latents([image, maybe_degraded(target)])
-        prompt = model.Prompt(*embed(instruction, [image]), [both[0]])
-        edited.append((prompt, model.Prompt(*embed(" ", [image]), [both[0]]), both[1]))
+        prompt = model.EncodedPrompt(*embed(instruction, [image]), [both[0]])
+        edited.append((prompt, model.EncodedPrompt(*embed(" ", [image]), [both[0]]), both[1]))
     return generated, edited
 
 
