@@ -2566,9 +2566,9 @@ def caption_font(captions):
 
 
 def contact_sheet(path, *rows, columns=8, titles=()):
-    """Save lists of (label, PIL image) pairs as rows of a picture, with a title beside each if there are any;
-    longer lists are cut into several, which interleave. Labels that no font can show are numbers, and what
-    they mean is in a text file beside the picture.
+    """Save lists of (caption, PIL image) pairs as rows of a picture, with a title beside each if there are
+    any; longer lists are cut into several, which interleave. Captions that no font can show are numbers, and
+    what they mean is in a text file beside the picture.
     """
     captions = [caption for row in rows for caption, _ in row]
     font, notes = caption_font(captions), path.with_suffix(".txt")
@@ -2576,49 +2576,66 @@ def contact_sheet(path, *rows, columns=8, titles=()):
         write_text(notes, "\n".join(f"#{i} {caption}" for i, caption in enumerate(captions, 1)))
         numbers, font = (f"#{i}, see {notes.name}" for i in itertools.count(1)), ImageFont.load_default(10)
         rows = [[(next(numbers), image) for _, image in row] for row in rows]
-    kinds, margin, heading = len(rows), 66 if titles else 0, ImageFont.load_default(14)
-    rows = [row[i:i + columns] for i in range(0, max(map(len, rows)), columns) for row in rows]
-    first, text = rows[0][0][1], 40
-    cell = max(96, first.width)
-    height = cell * first.height // first.width
-    size = margin + max(map(len, rows)) * (cell + 4) + 4, len(rows) * (height + text + 4) + 4
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
+    drawn = rows[-1][0][1]  # a first row may be of source images, of any shape
+    cell = max(96, drawn.width)
+    height = cell * drawn.height // drawn.width
+    kinds, margin, heading = len(rows), 66 if any(titles) else 0, ImageFont.load_default(14)
+    rows = [[(fold(caption, cell), image) for caption, image in row[i:i + columns]]
+            for i in range(0, max(map(len, rows)), columns) for row in rows]
+    heights = [height + 4 + 13 * max(caption.count("\n") + bool(caption) for caption, _ in row)
+               for row in rows]
+    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (cell + 4) + 4, sum(heights) + 4), "white")
+    draw, top = ImageDraw.Draw(sheet), 4
     for y, row in enumerate(rows):
-        if titles:
-            middle = 4 + y * (height + text + 4) + height // 2
-            draw.text((6, middle), titles[y % kinds], fill="black", font=heading, anchor="lm")
+        if any(titles):
+            draw.text((6, top + height // 2), titles[y % kinds], fill="black", font=heading, anchor="lm")
         for x, (caption, image) in enumerate(row):
-            left, top = margin + 4 + x * (cell + 4), 4 + y * (height + text + 4)
-            sheet.paste(on_white(image).resize((cell, height), Image.Resampling.BICUBIC), (left, top))
+            left = margin + 4 + x * (cell + 4)
+            picture = ImageOps.pad(on_white(image), (cell, height), Image.Resampling.BICUBIC, "white")
+            sheet.paste(picture, (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + height), outline="#cccccc")
-            wide = max(map(ord, caption), default=0) > 0x2e80
-            caption = "\n".join(textwrap.wrap(caption, cell // (10 if wide else 5))[:3])
             draw.text((left, top + height + 1), caption, fill="black", font=font, spacing=1)
+        top += heights[y]
     sheet.save(path)
+
+
+def fold(caption, width):
+    """At most five lines of a caption that fit so many pixels."""
+    letters = width // (10 if max(map(ord, caption), default=0) > 0x2e80 else 5)
+    return "\n".join([part for line in caption.split("\n") for part in textwrap.wrap(line, letters)][:5])
+
+
+def round_ticks(low, high):
+    """Between three and eight round numbers from `low` to `high`."""
+    wanted = (high - low) / 6
+    unit = 10.0 ** math.floor(math.log10(wanted))
+    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= wanted * (1 - 1e-9))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
     """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}."""
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
     series = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in series.items()}
-    if not any(series.values()):
+    points = [point for line in series.values() for point in line]
+    if not points:
         return
-    (left, right), (low, high) = ((min(v), max(v))
-                                  for v in zip(*(p for line in series.values() for p in line)))
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     right, high = right + (right == left), high + (high == low) * (abs(high) or 1)
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
     box = (64, 36, size[0] - 20, size[1] - 48)
-    place = lambda x, y: (box[0] + (x - left) / (right - left) * (box[2] - box[0]),  # noqa: E731
-                          box[3] - (y - low) / (high - low) * (box[3] - box[1]))
+
+    def place(x, y):
+        return (box[0] + (x - left) / (right - left) * (box[2] - box[0]),
+                box[3] - (y - low) / (high - low) * (box[3] - box[1]))
+
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
     draw = ImageDraw.Draw(image)
     draw.text((box[0], 8), title, fill="black", font=ImageFont.load_default(15))
-    for i in range(6):
-        x, y = left + (right - left) * i / 5, low + (high - low) * i / 5
+    for y in round_ticks(low, high):
         draw.line((*place(left, y), *place(right, y)), fill="#e5e5e5")
-        draw.text((place(left, y)[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font,
-                  anchor="rm")
+        draw.text((box[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+    for x in round_ticks(left, right):
         draw.text((place(x, low)[0], box[3] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
@@ -2921,19 +2938,33 @@ class HeldOut:
         """[(id, value)] of all ranks -> the values in the order of the prompt file."""
         return [value for _, value in sorted(all_gather_list(values), key=lambda pair: pair[0])]
 
-    def shown(self, images):
-        """[(prompt, image)] of all ranks, from [(id, image)] of this one."""
-        return self.gather([(i, (self.requests[i].prompt, image)) for i, image in images])
+    def shown(self, images, notes=None):
+        """[(caption, image)] of all ranks, from [(id, image)] of this one; a caption is a note, if there are
+        any, and the prompt.
+        """
+        notes = [f"{note}\n" for note in notes] if notes else [""] * len(images)
+        return self.gather([(i, (note + self.requests[i].prompt, image))
+                            for note, (i, image) in zip(notes, images)])
 
-    def save_grid(self, path, cfg):
-        """A picture of the first prompts. All ranks call, rank 0 writes."""
+    def save_sheet(self, path, rows):
+        """Rows {title: [(caption, image)]} of the first prompts, below their source images if there are any.
+        """
+        requests = self.requests[:self.SHOWN]
+        if any(request.sources for request in requests):
+            blank = Image.new("RGB", (32, 32), "white")
+            sources = [("", request.images()[0] if request.sources else blank) for request in requests]
+            rows = {"source": sources} | rows
+        contact_sheet(path, *(row[:self.SHOWN] for row in rows.values()), titles=tuple(rows))
+
+    def save_samples(self, path, cfg):
+        """A sheet of the first prompts. All ranks call, rank 0 writes."""
         shown = self.shown(self.images([i for i in self.ids if i < self.SHOWN], 1, cfg))
         if dist.get_rank() == 0:
-            contact_sheet(path, shown)
+            self.save_sheet(path, {"": shown})
 
     def scores(self, rewards, number, cfg):
-        """Scores by all rewards (K, prompts, number), NaN where there is none, and [(prompt, its first
-        image)]. All ranks call.
+        """Scores by all rewards (K, prompts, number), NaN where there is none, and [(caption, image)] of the
+        first image of each prompt, with its scores by the first rewards. All ranks call.
         """
         images = self.images(self.ids, number, cfg)
         found = [reward([image for _, image in images], [self.requests[i] for i, _ in images])
@@ -2944,8 +2975,11 @@ class HeldOut:
         scores = torch.tensor([[score if math.isfinite(score) else math.nan for score, _ in row]
                                for row in found])
         scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)         # (prompts, K, number)
+        notes = ["\n".join(f"{reward.name} {score:.2f}" for reward, score in zip(rewards[:2], row)
+                           if math.isfinite(score)) for row in scores[:, :, 0].tolist()]
+        shown = self.shown(images[::number], notes)
         scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
-        return scores, self.shown(images[::number])
+        return scores, shown
 
     def final_table(self, folder, root, shards, rewards, images, guidance):
         """Draw with the base of `root`, then with the weights of which this rank has `shards`; leave the
@@ -2965,8 +2999,8 @@ class HeldOut:
         if rewards:
             report(folder, rewards, before, after,
                    f"{len(self.requests)} held-out prompts x {number} images, guidance {scales}, same seeds")
-        contact_sheet(folder / "samples" / "before_after.png", pictures_before[:self.SHOWN],
-                       pictures_after[:self.SHOWN], titles=(base, trained))
+        self.save_sheet(folder / "samples" / "before_after.png",
+                        {base: pictures_before, trained: pictures_after})
 
 
 def check_disk(folder, network, bytes_each):

@@ -650,7 +650,7 @@ def train(run):
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
-            run.pictures.save_grid(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+            run.pictures.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
         except StopTraining as reason:

@@ -190,7 +190,7 @@ def group_ranges(scores):
     return np.where(valid.sum(1) > 1, high - low, np.nan)
 
 
-def number(x, form=".3f"):
+def digits(x, form=".3f"):
     return "-" if x is None or not np.isfinite(x) else format(x, form)
 
 
@@ -200,7 +200,7 @@ def mean(x):
     return x[np.isfinite(x)].mean() if np.isfinite(x).any() else np.nan
 
 
-def table(header, rows):
+def markdown(header, rows):
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
@@ -213,10 +213,10 @@ def score_table(records):
             scores = score_array(records, name)[rows]
             found = scores[np.isfinite(scores)]
             if len(found):
-                lines.append([category, name, f"{len(found)}/{scores.size}", number(found.mean()),
-                              number(found.std()),
-                              number(mean(group_ranges(scores)))])
-    return table(["category", "reward", "scored", "mean", "std", "mean range in a group"], lines)
+                lines.append([category, name, f"{len(found)}/{scores.size}", digits(found.mean()),
+                              digits(found.std()),
+                              digits(mean(group_ranges(scores)))])
+    return markdown(["category", "reward", "scored", "mean", "std", "mean range in a group"], lines)
 
 
 # ---- 3. curation and calibration (Sec. 4.2) ----------------------------------------------------------------
@@ -288,10 +288,10 @@ def calibration_table(records):
             ranges, size = group_ranges(scores[name][rows]), np.nan_to_num(np.abs(scores[name][rows])).max(1)
             known = np.isfinite(ranges)
             constant = mean(ranges[known] <= 1e-4 * size[known])  # as in group_advantage
-            others = (number(within_correlation(scores[name][rows], scores[other][rows]), "+.2f")
+            others = (digits(within_correlation(scores[name][rows], scores[other][rows]), "+.2f")
                       for other in names)
-            lines.append([category, name, number(constant, ".1%"), number(mean(ranges)), *others])
-    return table(["category", "reward", "constant groups", "mean range",
+            lines.append([category, name, digits(constant, ".1%"), digits(mean(ranges)), *others])
+    return markdown(["category", "reward", "constant groups", "mean range",
                   *(f"r with {name}" for name in names)], lines)
 
 
@@ -302,9 +302,10 @@ def check_comparable(players):
     """{name: records} must be the same prompts, categories, seed and image numbers, scored by the same
     rewards of the same weights.
     """
-    keys = ("id", "image", "prompt", "category", "seed")
-    # noqa: E731
-    meaning = lambda r: (*(r[key] for key in keys), *r.get("rewards", ()), *r.get("weights", ()))
+    def meaning(record):
+        keys = ("id", "image", "prompt", "category", "seed")
+        return *(record[key] for key in keys), *record.get("rewards", ()), *record.get("weights", ())
+
     base, *others = ({meaning(record) for record in records} for records in players.values())
     for name, other in zip(list(players)[1:], others):
         if base ^ other:
@@ -421,10 +422,10 @@ def comparison_text(players, means, elo, vote, tie):
     lines = []
     for category, rewards in means.items():
         for reward, cells in rewards.items():
-            gains = (f"{number(cell['mean'])}{'*' * cell['trained_on']} "
-                     f"({number(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')})"
+            gains = (f"{digits(cell['mean'])}{'*' * cell['trained_on']} "
+                     f"({digits(cell['difference'], '+.3f')} {bounds(cell['interval'], '+.3f')})"
                      for cell in map(cells.get, others))
-            lines.append([category, reward, str(cells[base]["prompts"]), number(cells[base]["mean"]), *gains])
+            lines.append([category, reward, str(cells[base]["prompts"]), digits(cells[base]["mean"]), *gains])
     rated = [[category, str(cells[base]["prompts"]), *(
         f"{cell['rating']:.0f}{'*' * cell['trained_on']} {bounds(cell['interval'], '.0f')}"
         for cell in cells.values())]
@@ -432,10 +433,10 @@ def comparison_text(players, means, elo, vote, tie):
     return "\n".join([
         f"Means of {len(players[base])} images each; in brackets the difference from {base}, paired by "
         "prompt, and its 95% interval.", "",
-        table(["category", "reward", "prompts", *players], lines), "",
+        markdown(["category", "reward", "prompts", *players], lines), "",
         f"Elo from pairwise votes by {vote} (ties within {tie:g} standard deviations), with 95% intervals.",
         "",
-        table(["category", "prompts", *players], rated), "",
+        markdown(["category", "prompts", *players], rated), "",
         "A star marks a judge that the checkpoint was trained on."])
 
 
@@ -634,7 +635,7 @@ def main(argv=None):
         write_curated(records, ranges, keep, out)
         print(f"intra-group range of the composite reward\n{histogram(ranges)}")
         counts = [[name, str(keep[rows].sum()), str(len(rows))] for name, rows in table_rows(records).items()]
-        print(f"{table(['category', 'kept', 'of'], counts)}\nwrote {keep.sum()} prompts to {out}")
+        print(f"{markdown(['category', 'kept', 'of'], counts)}\nwrote {keep.sum()} prompts to {out}")
     if args.calibrate:
         print(calibration_table(read_all(args.calibrate)))
     if args.compare:

@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(TINY)]
 
-import model  # noqa: E402  before torch: it sets the number of threads
-from runs import loaded_rewards  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import model  # before torch: it sets the number of threads
+from runs import loaded_rewards
+import numpy as np
+import torch
 
 BATCH, BATCHES = 16, 4  # images a rollout batch, batches a step
 REAL = dict(_class_name="QwenImage21Transformer2DModel", patch_size=1, in_channels=64, out_channels=64,

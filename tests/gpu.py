@@ -37,10 +37,10 @@ TINY = ROOT / "tests" / "tiny"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TOTAL = 1080  # seconds for all parts together
 
-import model  # noqa: E402  before torch: it sets the number of threads and the allocator
-import torch  # noqa: E402
+import model  # before torch: it sets the number of threads and the allocator
+import torch
 
-from bench import REAL, REAL_VAE, free, interleaved, random_network, random_prompt  # noqa: E402
+from bench import REAL, REAL_VAE, free, interleaved, random_network, random_prompt
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -90,7 +90,6 @@ def read(body):
 
 def choice(tokens, finish="stop"):
     """The answer of [(token, {token: log-prob})]."""
-    # noqa: E731
     entry = lambda token, logprob: {"token": token, "logprob": logprob, "bytes": list(token.encode())}
     content = [entry(token, tops[token]) | {"top_logprobs": [entry(*top) for top in tops.items()]}
                for token, tops in tokens]

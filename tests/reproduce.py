@@ -29,9 +29,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
 
-import model  # noqa: E402
-import rollout  # noqa: E402
-import world  # noqa: E402
+import model
+import rollout
+import world
 
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
 ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward"
@@ -116,8 +116,14 @@ def seed_table(script, name):
 
 def first():
     lines = seed_table("grpo.py", "grpo")
-    for picture in ("samples/before_after.png", "curve.png"):
-        shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / picture, ASSETS / f"grpo_{Path(picture).name}")
+    shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / "samples" / "before_after.png",
+                ASSETS / "grpo_before_after.png")
+    logs = [(ROOT / "runs" / f"reproduce-grpo-{seed}" / "log.jsonl").read_text().splitlines()
+            for seed in range(SEEDS)]
+    rewards = [[json.loads(line)["reward"]["aesthetic"] for line in log] for log in logs]
+    mean = [(step, sum(values) / SEEDS) for step, values in enumerate(zip(*rewards))]
+    model.line_chart(ASSETS / "grpo_curve.png", {f"mean of {SEEDS} seeds": mean},
+                     "aesthetic score of the rollouts", "step")
     return lines
 
 
@@ -288,7 +294,6 @@ def opd_table(records, kinds):
     for kind in ("base", "unguided"):
         cells = [f"{rollout.mean(array):.3f}" for task in TASKS for array in scores[task, kind, 0]]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    # noqa: E731
     gain = lambda task, kind, seed, i=0: rollout.mean_difference(scores[task, "base", 0][i],
                                                                  scores[task, kind, seed][i])
     for kind, label in kinds.items():

@@ -11,8 +11,8 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 import model
 
 diffusers = pytest.importorskip("diffusers")
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import AutoencoderKLQwenImage21  # noqa: E402
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Transformer2DModel  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import AutoencoderKLQwenImage21
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Transformer2DModel
 
 TRANSFORMER = dict(patch_size=1, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=32,
                    num_attention_heads=4, context_in_dim=24, mlp_ratio=3, axes_dims_rope=(8, 12, 12),

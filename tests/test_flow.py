@@ -99,7 +99,7 @@ def test_linear_time_shift_is_refused():
 def test_ode_step_follows_a_straight_path():
     """Eq. 1-3 in float64: the exact velocity eps - x0 leads from x_t to x_{t+dt}, whatever dt; 1e-14."""
     x0, eps = randn(2, 5, 3, dtype=torch.float64), randn(2, 5, 3, seed=1, dtype=torch.float64)
-    path = lambda t: (1 - t) * x0 + t * eps  # noqa: E731
+    path = lambda t: (1 - t) * x0 + t * eps
     t = model.timesteps(SCHEDULER, 256, 10).double()
     for now, after in zip(t, t[1:]):
         mean, std = model.sde_mean_std(path(now), eps - x0, now, after - now,
@@ -133,7 +133,7 @@ def test_sde_step_preserves_the_marginal_variance(t, sigma):
     Monte Carlo with 4e6 samples has a standard error below 6e-4; without the noise or without the score term
     the variance would be off by sigma^2 |dt| >= 4.9e-3.
     """
-    variance = lambda t: (1 - t) ** 2 + t**2  # noqa: E731
+    variance = lambda t: (1 - t) ** 2 + t**2
     x = variance(t) ** 0.5 * randn(1, 4_000_000, 1)
     velocity = x * (2 * t - 1) / variance(t)  # E[eps - x0 | x_t] of jointly Gaussian variables
     mean, std = model.sde_mean_std(x, velocity, torch.tensor(t), torch.tensor(-0.01), torch.tensor(sigma))
@@ -184,7 +184,7 @@ def test_noise_levels():
     """a sqrt(t/(1-t)) on the chosen steps, with t_1 in the place of t_0 = 1, else 0; relative 1e-5."""
     t = model.timesteps(SCHEDULER, 1024, 10)
     sigma = model.noise_levels(t, [0, 1, 4, 9], 0.7)
-    formula = lambda t: 0.7 * math.sqrt(t.item() / (1 - t.item()))  # noqa: E731
+    formula = lambda t: 0.7 * math.sqrt(t.item() / (1 - t.item()))
     expected = torch.zeros(10)
     for step, time in {0: t[1], 1: t[1], 4: t[4], 9: t[9]}.items():
         expected[step] = formula(time)
@@ -240,7 +240,7 @@ def naive_sample(network, pairs, generators, t, sigma, cfg):
         index = torch.tensor([int(pair[side] is second) for pair in pairs])
         return network.prefix([first, second], GRID)._replace(index=index)
 
-    draw = lambda: torch.stack([torch.randn(TOKENS, 4, generator=g) for g in generators])  # noqa: E731
+    draw = lambda: torch.stack([torch.randn(TOKENS, 4, generator=g) for g in generators])
     states = [draw()]
     for k in range(len(sigma)):
         x, times = states[-1], t[k].repeat(len(pairs))

@@ -164,7 +164,7 @@ def test_the_last_score_of_an_answer_counts():
                                                                                  "5": math.log(0.5)}
     words = [("<score>", {"<score>": 0.0}), ("2", one), ("</", {"</": 0.0}), ("score>", {"score>": 0.0}),
              (" not", {" not": 0.0})]
-    read = lambda tokens: model.score_probabilities(choice(tokens)["logprobs"]["content"])  # noqa: E731
+    read = lambda tokens: model.score_probabilities(choice(tokens)["logprobs"]["content"])
     more = [("<score>\n", {"<score>\n": 0.0}), ("4", two), ("</score>", {"</score>": 0.0}), ("1", {"1": 0.0})]
     assert read(words) == pytest.approx([0, 0.95, 0.04, 0, 0]) and read(words
                                                                         + more) == pytest.approx([0, 0, 0,
@@ -532,7 +532,7 @@ def face(eyes, mood="smiling", x=32, y=32, r=24, background="white"):
 def test_identity_is_the_best_cosine_per_source_face():
     """A picture is a list of embeddings here."""
     identity = model.face_identity(lambda picture: picture)
-    similarity = lambda image, sources: identity([image], [""], [sources])[0]  # noqa: E731
+    similarity = lambda image, sources: identity([image], [""], [sources])[0]
     a, b, c = [3.0, 0.0, 0.0], [0.0, 0.5, 0.0], [1.0, 1.0, 0.0]
     assert similarity([a], []) is None and similarity([a], [[], []]) is None
     assert similarity([], [[a]]) == 0 and similarity([[-1.0, 0.0, 0.0]], [[a]]) == 0

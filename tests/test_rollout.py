@@ -48,7 +48,6 @@ def records(scores, categories=("x",), trained_on=()):
     """Made-up records from {reward: (P, G)}; the composite is the first reward."""
     names = list(scores)
     count, size = np.shape(scores[names[0]])
-    # noqa: E731
     value = lambda name, i, g: None if np.isnan(scores[name][i][g]) else float(scores[name][i][g])
     return [{"id": i, "image": g, "prompt": f"p{i}", "category": categories[i % len(categories)], "seed": 0,
              "source": [],
@@ -126,7 +125,6 @@ def test_a_killed_job_continues_with_the_same_lines(drawn, tmp_path):
     assert "1 prompts are there already" in printed
     assert "cut off" not in run(tmp_path, "--curate", folder)  # repaired for good
     assert not list(folder.glob("rollouts.*.jsonl"))
-    # noqa: E731
     strip = lambda path: [json.loads(line) | {"source": None} for line in path.read_text().splitlines()]
     assert strip(folder / "rollouts.jsonl") == strip(drawn[0] / "rollouts/a/rollouts.jsonl")
     assert (pixels(tmp_path, "a", 2, 3) == pixels(drawn[0], "a", 2, 3)).all()

@@ -210,7 +210,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, tmp_pa
     """A limit on the size of files stands for the full disk; a checkpoint is the largest file."""
     run_script(tmp_path, "--reward", ORACLE, "--steps", "3", *SMALL)
     arguments = ["--reward", ORACLE, "--steps", "4", *SMALL, "--resume"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))
     done = subprocess.run(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, preexec_fn=limit,
                           capture_output=True,
                           text=True)

@@ -54,6 +54,5 @@ def test_edits_keep_what_they_do_not_touch():
 
 
 def test_held_out_prompts_are_not_trained_on():
-    # noqa: E731
     read = lambda name: [json.loads(line)["prompt"] for line in (TINY / name).read_text().splitlines()]
     assert not set(read("heldout.jsonl")) & set(read("prompts.jsonl"))

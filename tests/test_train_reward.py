@@ -125,7 +125,6 @@ def test_scores_are_numbers_or_means_of_dimensions(tmp_path):
 
 
 def test_sources_come_before_what_was_made_of_them(tmp_path):
-    # noqa: E731
     names = lambda rows: [[path.name for path in example.pictures] for row in rows for example in row]
     one, several = {"source": "y.png"}, {"source": ["y.png", "x.png"]}
     rows, _ = train_reward.load_data(write(tmp_path, SCORED | one, SCORED | several), "instruction")
@@ -594,7 +593,7 @@ def test_a_machine_holds_a_judge_once(niceness, tmp_path):
 
 def test_pictures_are_batched_by_their_pixels():
     scorer = model.VLMScorer.__new__(model.VLMScorer)
-    picture = lambda side: Image.new("RGB", (side, side))  # noqa: E731
+    picture = lambda side: Image.new("RGB", (side, side))
     assert list(scorer.batches([[picture(64)]] * 40)) == [list(range(32)), list(range(32, 40))]
     assert list(scorer.batches([[picture(1024), picture(1024)]] * 5)) == [[0, 1, 2, 3], [4]]
     # one a batch at least

@@ -20,15 +20,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-import model  # noqa: E402  (sets OMP_WAIT_POLICY before torch is imported)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import trange  # noqa: E402
+import model  # (sets OMP_WAIT_POLICY before torch is imported)
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tqdm import trange
 
-import world  # noqa: E402
+import world
 
 OUT, BUILD = HERE / "model", HERE / "build"  # build: scored pictures, not kept in git
 SEED = 0
@@ -510,7 +510,6 @@ def edit_samples(rng, count):
     for _ in range(count):
         source, instruction, target = world.sample_edit(rng)
         ways = [text for way in world.edits(source) for text in way if text != instruction]
-        # noqa: E731
         shift = lambda item: replace(item, x=item.x + rng.uniform(-5, 5), y=item.y + rng.uniform(-5, 5))
         moved = replace(target, items=tuple(map(shift, target.items)))
         outcomes = (target, target, source, world.edited(source, str(rng.choice(ways))) if ways else source,
