@@ -77,6 +77,7 @@ FREE = ("steps", "save_every", "sample_every", "eval_images", "judge", "rollout_
 
 
 def parse_args(argv=None):
+    """The flags of `argv`, or of the command line, checked."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--model", default=str(TINY / "model"), help="model directory or hub id (default: the tiny world)")
@@ -620,6 +621,7 @@ def show(run, log, bar):
 
 
 def save(run, step, keep=False):
+    """A checkpoint after so many steps; `keep` the one before."""
     save_checkpoint(run.folder / "checkpoint", step, run.policy, run.optimizer, keep=keep)
 
 
@@ -685,6 +687,7 @@ def finish(run):
 
 
 def main(argv=None):
+    """Train, write the model, judge it on held-out prompts."""
     run = set_up(parse_args(argv))
     load_data(run)
     make_schedule(run)

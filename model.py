@@ -194,6 +194,10 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
+    """Of a prefix to itself, block-causal (past=None), or of targets to their prefix and to themselves: x (B,
+    T, D) -> (B, T, D), and the keys and values (B, H, T, head_dim) of a prefix.
+    """
+
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
@@ -243,6 +247,8 @@ def select_prompts(x, index, batch):
 
 
 class SwiGLU(nn.Module):
+    """(..., D) -> (..., D)."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.proj = nn.Linear(dim, hidden, bias=False)
@@ -336,6 +342,7 @@ class FlowTransformer(nn.Module):
         return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
     def run_block(self, block, *args):
+        """With `checkpointing` and gradients, so that it is computed again in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
@@ -428,6 +435,8 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """(B, C, h, w) -> (B, out, h, w)."""
+
     def __init__(self, channels, out):
         super().__init__()
         self.norm1, self.conv1 = ChannelNorm(channels), nn.Conv2d(channels, out, 3, padding=1)
@@ -455,6 +464,8 @@ class PixelAttention(nn.Module):
 
 
 class MiddleBlock(nn.Module):
+    """(B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, channels):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(channels, channels), ResBlock(channels, channels)])
@@ -510,6 +521,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """(B, channels, H, W) -> (B, latent, h, w), halved by all stages but the last."""
+
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, dims[0], 3, padding=1)
@@ -523,6 +536,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """(B, latent, h, w) -> (B, channels, H, W)."""
+
     def __init__(self, channels, dims, latent, blocks, temporal):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, dims[0], 3, padding=1)
@@ -737,6 +752,7 @@ class Request:
         self.task = self.task or ("edit" if self.sources else "t2i")
 
     def images(self):
+        """Its source images, RGBA."""
         return [open_picture(path) for path in self.sources]
 
 
@@ -1082,6 +1098,7 @@ def weight_files(directory):
 
 
 def open_weights(path):
+    """A safetensors file; what is wrong with it is a UserError."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -1262,10 +1279,12 @@ def create_shared(directory):
 
 
 def write_text(path, text):
+    """A UTF-8 file that ends with a newline."""
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def remove(directory):
+    """A directory with all that is in it, if it is there."""
     if directory.exists():
         shutil.rmtree(directory)
 
@@ -1632,6 +1651,7 @@ class Reward:
     traceback_shown: bool = False
 
     def weigh(self, request):
+        """w_k of Eq. 13 for a request."""
         return self.categories.get(request.category, self.weight)
 
     def __call__(self, images, requests):
@@ -1665,6 +1685,7 @@ class Reward:
 
 
 def wants_records(score):
+    """Whether a function reward has a parameter for the lines of the prompt file."""
     ours = isinstance(score, (VLMScorer, RemoteScorer))
     return not ours and "records" in inspect.signature(score).parameters
 
@@ -1702,6 +1723,7 @@ def score_tokens(tokenizer):
 
 
 def question(rubric, prompt, reasoning):
+    """What a judge is asked beside the pictures."""
     return rubric.replace("{prompt}", as_text(prompt)) + ANSWERS[bool(reasoning)]
 
 
@@ -2161,6 +2183,7 @@ def reward_threads(rewards, device):
 
 
 def find_rubric(name):
+    """The rubric of a reward of this name, or a UserError."""
     if name in RUBRICS:
         return RUBRICS[name]
     raise UserError(f'reward {name}: no such rubric; there are {", ".join(RUBRICS)}; in a reward file, '
@@ -2789,6 +2812,7 @@ def tiny_prompts(args, tiny, prompts, heldout):
 
 
 def flag(name):
+    """An argument's name as it is typed."""
     return "--" + name.replace("_", "-")
 
 
@@ -2900,6 +2924,7 @@ class Clock:
         self.device, self.seconds, self.began = device, {}, time.perf_counter()
 
     def lap(self, name):
+        """End a phase."""
         synchronize(self.device)
         now = time.perf_counter()
         self.seconds[name], self.began = now - self.began, now
@@ -3066,6 +3091,7 @@ def describe_run(run, args, policy, device, images, requests, heldout):
 
 
 def describe_rewards(rewards):
+    """The header's lines on rewards."""
     for reward in rewards:
         weights = "".join(f", {category} {weight:.3g}" for category, weight in reward.categories.items())
         print(f"reward {reward.name}: weight {reward.weight:.3g}{weights}; {reward.source}")

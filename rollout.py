@@ -53,6 +53,7 @@ PRIOR = 2.0  # std of the prior on ratings, in log-odds: keeps a checkpoint that
 
 
 def parse_args(argv=None):
+    """The flags of `argv`, or of the command line, checked."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("draw").add_argument
     add("prompt", nargs="*", help="prompts, or instructions with --source")
@@ -191,6 +192,7 @@ def group_ranges(scores):
 
 
 def digits(x, form=".3f"):
+    """A number of a table, or a dash where there is none."""
     return "-" if x is None or not np.isfinite(x) else format(x, form)
 
 
@@ -623,6 +625,7 @@ def show(folder, records):
 
 
 def main(argv=None):
+    """Draw, compare, curate or calibrate, as the flags say."""
     args = parse_args(argv)
     if args.prompt or args.prompts:
         draw(args)

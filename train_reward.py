@@ -62,6 +62,7 @@ FREE = ("save_every", "eval_data", "micro_batch", "checkpointing", "out", "offlo
 
 
 def parse_args(argv=None):
+    """The flags of `argv`, or of the command line, checked."""
     parser = ArgumentParser(__doc__)
     parser.set_defaults(script="train_reward")
     add = parser.add_argument_group("reward").add_argument
@@ -585,6 +586,7 @@ def finish(run):
 
 
 def main(argv=None):
+    """Train a scorer, write it and evaluate it."""
     run = set_up(parse_args(argv))
     load_examples(run)
     load_model(run)

@@ -136,8 +136,8 @@ def test_more_teachers_stay_in_host_memory(tmp_path, capsys):
         device, host = (re.search(f"{what}, MiB: (.*),", printed)[1]
                         for what in ("memory of each cpu", "host memory for all ranks"))
         held.append((device, float(re.search("waiting weights ([0-9.]+)", host)[1])))
-    (one, parked), (three, more) = held
-    assert one == three and more == pytest.approx(3 * parked, abs=0.2) and parked > 5
+    (one, waiting), (three, more) = held
+    assert one == three and more == pytest.approx(3 * waiting, abs=0.2) and waiting > 5
 
 
 def test_a_teacher_of_another_shape_is_named(tmp_path):
