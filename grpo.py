@@ -15,22 +15,21 @@ runs/NAME/.
 Differs from the paper:
   1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no
      ratio. (The paper samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. Delta = kappa (v_old - v) is how far training moves a step's mean, in units of its std, and
-     log r = z Delta - Delta^2/2, summed over the D numbers of an image. As printed kappa is kappa_t
-     (`mean_shift`, --printed-ratio); here it is 1/sqrt(D), as if the std were kappa_t sqrt(D) times larger.
-     The spread of log r is then the rms change of velocity at every resolution and step, which is the unit of
+  2. log r = z Delta - Delta^2/2, summed over the D numbers of an image: z is the noise of the step, and
+     Delta = kappa (v_old - v) what training changes in the step's mean. As printed, kappa is kappa_t
+     (`mean_shift`, --printed-ratio), so that Delta is in units of the step's std; here it is 1/sqrt(D). The
+     spread of log r is then the rms change of velocity at every resolution and step, which is the unit of
      --clip-eps, and all trained steps weigh alike. As printed it is kappa_t sqrt(D) times that: at 1024 px
      the ratio is far from 1 after any update, and the least noisy step has most of the gradient.
-  3. Hybrid CFG (Sec. 4.1) leaves open at which state the unguided densities are compared. Here it is the one
-     to which the step's noise z leads from the old unguided mean: before the first update the gradient is
-     then that of the guided sampler through its conditional branch, but for a factor. At the sampled state,
-     which guidance has displaced, it would be biased. Without hybrid CFG and with --printed-ratio both are
-     one. The first ratio is exactly 1.
+  3. Under hybrid CFG (Sec. 4.1: guided rollout, unguided objective) the next state that was sampled is not
+     one that the unguided policy would reach. The two unguided densities are compared at mean_old + std z
+     instead, with the sampler's z and the unguided mean_old. Before the first update the gradient is then
+     1/s of the guided sampler's own, through its conditional branch; at the sampled state it would be
+     biased. With --guided-objective and --printed-ratio together this is Eq. 6 as printed.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
   5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is
-     Flow-GRPO's: at 1.2 the trained steps decide more of a picture, but fewer pictures of a rollout are
-     right. Emphasis on high noise (Sec. 4.2) lies in the choice of steps: the default four all lie in the
-     noisier half.
+     Flow-GRPO's; at 1.2, which we tried too, fewer pictures of a rollout are right. Emphasis on high noise
+     (Sec. 4.2) lies in the choice of steps: the default four all lie in the noisier half.
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone
      forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group.
@@ -48,7 +47,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining,
+    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, Evaluator, Job, Sampler, StopTraining,
     UserError, VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards,
     command_line, compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
     directory_name, encode_prompts, find_model, forward_flops, free_memory, gather_weights, generate,
@@ -158,7 +157,7 @@ def parse_args(argv=None):
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: "
              "on the GPU)")
-    parser.set_defaults(script="grpo")
+    parser.set_defaults(script=Path(__file__).stem)
     args = parse_run(parser, argv, ["reward"], FREE, "name", lambda args: Path("runs", args.name))
     return tiny_prompts(args, TINY, "prompts.jsonl", "heldout.jsonl")
 
@@ -191,8 +190,8 @@ class StepScores:
     """The scores of a step's images, which come in while the step goes on. P groups of G images, those of
     this rank.
 
-    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that
-    were spent waiting.
+    weights (K, P) of the K rewards; scores (K, P, G), with FAILED (NaN) where there is no answer, UNDEFINED
+    (inf) where the reward does not apply; advantage (P, G); seconds that were spent waiting.
     """
 
     def __init__(self, rewards, requests, group_size):
@@ -256,9 +255,9 @@ def group_advantage(scores, weights):
     weights (K, P) -> A (P, G).
 
     Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its
-    largest magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics
-    and contributes 0. A reward that is undefined for a group is dropped there and the other weights make up
-    for it.
+    largest magnitude carries no preference and contributes 0; a failed score is left out of mean and std, and
+    its own share of the advantage is 0. A reward that is undefined for a group is dropped there and the other
+    weights make up for it.
     """
     weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
     weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                        # w_k     (K, P)
@@ -304,7 +303,7 @@ def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     """Clipped policy gradient on stochastic sampler steps, one row per (image, timestep). fp32.
 
     v, v_old   (B, N, C)  the objective's velocities by the trained policy and by the one that sampled, at the
-                          states before
+                          state x before the step
     z          (B, N, C)  the noise of the step, N(0, 1)
     kappa      (B, 1, 1)  1/sqrt(N C), or `mean_shift` for the ratio as printed
     advantage  (B,)       Eq. 13
@@ -330,9 +329,9 @@ def kl_loss(v, v_ref):
 # ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
-            "applied. See log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or "
-            "the checkpoint before, by removing this one")
+DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite; none was applied. See "
+            "log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or the "
+            "checkpoint before, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -358,10 +357,11 @@ def set_up(args):
     run = SimpleNamespace(args=args, bad=0)
     run.rank, run.world, run.device = setup()
     run.root = find_model(args.model)
-    run.policy = new_transformer(run.root, torch.float32)
+    run.policy = new_transformer(run.root, torch.float32)  # its weights are read by `load_models`
     run.config = run.policy.config
     run.grid, run.t, run.cfg = sampling_settings(run.root, args.size, args.sampler_steps, args.cfg)
-    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.T = len(run.t) - 1  # sampler steps; t (T+1,)
+    run.shape = latent_shape(run.config, run.grid)  # (N, C) of one image
     run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.branches = 2 if args.guided_objective and run.cfg != 1 else 1  # prompt, and prompt without text
@@ -383,6 +383,7 @@ def load_data(run):
     run.P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(run.requests), run.world,
                                                      run.U)
     steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
+    # update by update: the first len(ids) / U ids of a share are the first update's
     run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in steps]
     run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
     run.rewards, run.judges = load_rewards(args.reward, run.root), load_rewards(args.judge, run.root)
@@ -405,12 +406,30 @@ def make_schedule(run):
     run.sigma = noise_levels(run.t, trained, args.noise_level)                                  # (T,)
     kappa = torch.full((run.T,), math.prod(run.shape) ** -0.5)                               # difference 2
     if args.printed_ratio:
-        kappa = mean_shift(run.t[:-1], run.t.diff(), run.sigma)
-    run.schedule = torch.stack([run.t[:-1], kappa])[:, :, None, None].to(run.device)            # (2, T, 1, 1)
+        kappa = mean_shift(run.t[:-1], run.t.diff(), run.sigma)  # infinite where sigma is 0: not trained
+    run.t_kappa = torch.stack([run.t[:-1], kappa])[:, :, None, None].to(run.device)            # (2, T, 1, 1)
     pairs = [(k, g) for k in trained for g in range(run.G)]
     run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
     # sum over a micro-batch -> mean over the update; FSDP averages over ranks
     run.scale = run.world / (run.P * run.G * len(trained) / run.U)
+
+
+def plan(run):
+    """What the run takes of memory, and so how its updates may treat the network: `run.memory`."""
+    args, itemsize = run.args, compute_dtype(run.device).itemsize
+    load_vlms(run.rewards + run.judges, run.device)
+    run.checkpointing = run.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    latents = 4 * (run.P // run.world) * run.G * math.prod(run.shape)  # bytes of one for every image
+    own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
+    run.longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
+    run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
+        prefix=longest_prefix(run.encoded, run.branches),
+        kept=latents * len(run.trained) * (3 + bool(args.kl_coef)),  # x, z, v_old, v_ref
+        encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
+        table=vlm_bytes(run.rewards + run.judges),
+        waiting=own_params * itemsize * bool(args.kl_coef),  # the base
+        offload=args.offload, checkpointing=run.checkpointing))
 
 
 def load_models(run):
@@ -419,25 +438,12 @@ def load_models(run):
     final table into both again.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
-    load_vlms(run.rewards + run.judges, device)
-    checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
-    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
-    longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
-    run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
-        prefix=longest_prefix(run.encoded, run.branches),
-        kept=4 * state_floats * len(run.trained) * (3 + bool(args.kl_coef)),
-        encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
-        table=vlm_bytes(run.rewards + run.judges), waiting=dtype.itemsize * shard_size * bool(args.kl_coef),
-        offload=args.offload, checkpointing=checkpointing))
-
     run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
-    run.policy.checkpointing = checkpointing
+    run.policy.checkpointing = run.checkpointing
     # the base, as no checkpoint is loaded yet
     run.reference = to_host(local_shards(run.policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: a norm below 1, spread over all parameters
@@ -446,9 +452,9 @@ def load_models(run):
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
     run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          longest, args.cudnn)
-    run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
-                           args.seed, run.batch)
+                          run.longest, args.cudnn)
+    run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
+                              args.seed, run.batch)
     run.pools, run.peak = reward_threads(run.rewards, device), matmul_peak(device)
 
 
@@ -467,8 +473,9 @@ def describe(run):
 
 
 def roll_out(run, step, ids, scores):
-    """Images by the frozen copy of the policy, guided, given to the rewards batch by
-    batch: {k: x, z (groups, G, N, C)} of the trained steps.
+    """Guided images by the policy's frozen copy, given to the rewards batch by batch.
+
+    Returns {k: [x, z]} of the trained steps: state and noise, (groups, G, N, C) each.
     """
     keys, states = [(step, i, g) for i in ids for g in range(run.G)], []
     for chunk, decoded, kept in generate(run.sampler, run.vae, run.encoded, keys, run.grid, run.t,
@@ -481,8 +488,9 @@ def roll_out(run, step, ids, scores):
 
 def select(run, states, group, micro):
     """x, z (B, N, C) and t, kappa (B, 1, 1) of a micro-batch."""
-    x, z = (torch.stack([states[k][d][group, g] for k, g in micro]) for d in (0, 1))
-    return x, z, *run.schedule[:, [k for k, _ in micro]]
+    x = torch.stack([states[k][0][group, g] for k, g in micro])
+    z = torch.stack([states[k][1][group, g] for k, g in micro])
+    return x, z, *run.t_kappa[:, [k for k, _ in micro]]
 
 
 @torch.no_grad()
@@ -521,9 +529,9 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
 
 
 def update(run, step, number, ids, states, v_old, v_ref, scores):
-    """The step's optimizer step of this number, on its own groups; what is logged of it."""
-    # with room, weights stay gathered and gradients are reduced once, at the update's end
-    keep_gathered(run.policy, run.memory.gathered, run.memory.once)
+    """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
+    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     zero = torch.zeros((), device=run.device)
     sums = SimpleNamespace(loss=zero.clone(), kl=zero.clone(), ratios=[])
     groups = len(ids) // run.U
@@ -531,14 +539,12 @@ def update(run, step, number, ids, states, v_old, v_ref, scores):
     for group in own:
         train_group(run, group, run.encoded[ids[group]][:run.branches], states, scores.advantage_of(group),
                     v_old, v_ref, sums)
-    if run.memory.once:
+    if run.memory.reduce_once:
         reduce_gradients(run.policy)
-    if number == 0:
+    if number == 0:  # not before: remote scores come in while gradients are computed
         scores.check(run.args.max_reward_failures)
     norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
     run.bad = 0 if stepped else run.bad + 1
-    if run.bad == BAD_UPDATES:
-        raise StopTraining(DIVERGED.format(bad=run.bad, norm=norm))
     return statistics(run, sums, scores.advantage[own]) | {"grad_norm": norm, "skipped": not stepped}
 
 
@@ -547,8 +553,9 @@ def statistics(run, sums, advantage):
     clip_eps = run.args.clip_eps
     ratios = torch.cat(sums.ratios).view(len(advantage), len(run.trained), run.G)
     a = advantage[:, None].to(run.device)                                                     # (groups, 1, G)
-    energy = (a * ratios * run.schedule[1, run.trained, :, 0]).square()  # of d(loss)/dv, but for |z|
-    energy = energy.where((ratios - 1) * a.sign() <= clip_eps, 0)  # the clip lets no gradient through
+    # squared gradient with respect to v, up to a constant; the clip lets none through
+    energy = (a * ratios * run.t_kappa[1, run.trained, :, 0]).square()
+    energy = energy.where((ratios - 1) * a.sign() <= clip_eps, 0)
     return {"loss": sums.loss.item() * run.scale, "kl": sums.kl.item() * run.scale,
             "ratio_dev": (ratios - 1).abs().max().item(),
             "clip_frac": ((ratios - 1).abs() > clip_eps).float().mean().item(),
@@ -556,8 +563,8 @@ def statistics(run, sums, advantage):
 
 
 def train_step(run, step):
-    """Roll out, score, frozen velocities, updates: the step's line of the log. StopTraining before the first
-    update.
+    """Roll out, score, frozen velocities, updates: the step's line of the log; or StopTraining, before the
+    first update.
     """
     ids, clock = run.shares[step], Clock(run.device)
     scores = StepScores(run.rewards, [run.requests[i] for i in ids], run.G)
@@ -568,8 +575,8 @@ def train_step(run, step):
     states = roll_out(run, step, ids, scores)
     clock.lap("rollout")
 
-    # frozen velocities, before the first update (difference 3)
-    v_old, v_ref = frozen_velocities(run, ids, states), {}
+    # frozen velocities, before the first update and on the micro-batches of training: the first ratio is 1
+    v_old, v_ref = frozen_velocities(run, ids, states), {}  # by the weights of the rollout
     if run.reference:
         gather_weights(run.frozen, run.reference)
         v_ref = frozen_velocities(run, ids, states)
@@ -634,7 +641,7 @@ def leave(run, step, trouble=None):
     if step > run.start:
         save(run, step, keep=bool(trouble))
     if trouble:
-        raise UserError(f"step {step}: {trouble}\n{resume_command(run.args, where)}")
+        raise UserError(f"stopped before step {step}: {trouble}\n{resume_command(run.args, where)}")
     stopped(run.args, step, where)
 
 
@@ -647,14 +654,16 @@ def train(run):
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
-            run.pictures.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+            run.evaluator.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
-        except StopTraining as reason:
+        except StopTraining as reason:  # without words where the user asked for it
             return leave(run, step, *reason.args)
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)
+        if run.bad >= BAD_UPDATES:
+            return leave(run, step + 1, DIVERGED.format(bad=run.bad))
         if stopping():
             return leave(run, step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
@@ -680,7 +689,7 @@ def finish(run):
     if args.eval_images:
         judges = run.rewards + run.judges
         seat_judges(judges, run.device)
-        run.pictures.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
+        run.evaluator.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
                                  {"base": run.cfg, "trained": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
@@ -691,6 +700,7 @@ def main(argv=None):
     run = set_up(parse_args(argv))
     load_data(run)
     make_schedule(run)
+    plan(run)
     load_models(run)
     create_shared(run.folder / "samples")
     if run.rank == 0:

@@ -1370,8 +1370,8 @@ def sde_mean_std(x, v, t, dt, sigma):
     """Euler-Maruyama step of Eq. 5: the mean and std of x_{t+dt} given x_t. sigma = 0 is the Euler step of
     Eq. 3.
 
-    x, v (B, N, C); t, dt < 0, sigma broadcast against them. The SDE runs backward in time, so its drift is
-    that of Eq. 5 times dt and its noise is sigma sqrt(-dt). All fp32.
+    x, v (B, N, C); t, dt (negative) and sigma broadcast against them. The SDE runs backward in time, so its
+    drift is that of Eq. 5 times dt and its noise is sigma sqrt(-dt). All fp32.
     """
     drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)                                                 # Eq. 5
     return x + drift * dt, sigma * (-dt).sqrt()
@@ -1415,7 +1415,7 @@ def unique_prompts(prompts):
 class Sampler:
     """Mixed ODE/SDE sampling with a frozen model whose weights stay at fixed addresses.
 
-    A step works on static buffers whose key is their exact shapes; with `graphs` the first step of a new
+    A step works on static buffers, kept by their exact shapes; with `graphs` the first step of a new
     shape runs eagerly, is captured as a CUDA graph and replayed from then on. Refilling the model's weights
     in place needs no new capture. The prompts' keys and values are written into one arena, where those of all
     shapes lie in turn; it is made for `longest` prefix tokens, so that it need not grow for a single prompt.
@@ -2385,14 +2385,14 @@ class Mode(NamedTuple):
     updates.
     """
 
-    gathered: bool = True
-    once: bool = True
+    keep_weights: bool = True
+    reduce_once: bool = True
     judges_stay: bool = True
 
 
 # the fastest first
-MODES = [Mode(), Mode(judges_stay=False), Mode(once=False), Mode(once=False, judges_stay=False),
-         Mode(gathered=False, once=False), Mode(gathered=False, once=False, judges_stay=False)]
+MODES = [Mode(weights, once, stay) for weights, once in ((True, True), (True, False), (False, False))
+         for stay in (True, False)]
 
 
 def memory_phases(config, vae_config, world, job, mode, width=2):
@@ -2423,8 +2423,8 @@ def memory_phases(config, vae_config, world, job, mode, width=2):
     update = (kv + 16 * layers * dim + inputs * token) * job.prefix
     update += max((inputs + BACKWARD) * token * job.micro_batch * job.tokens + 8 * token * looked_at,
                   BACKWARD * token * job.prefix)
-    weights = count if mode.gathered else count - layers * block + 2 * block
-    gradients = 4 * (count if mode.once else share) + 8 * block
+    weights = count if mode.keep_weights else count - layers * block + 2 * block
+    gradients = 4 * (count if mode.reduce_once else share) + 8 * block
     pictures = sampling + max(decoding, prefix)
     return {
         "loading": job.encoder + decoder + decoding,
@@ -2466,9 +2466,9 @@ def choose_mode(config, vae_config, world, job, size, width=2):
 
 def describe(mode):
     """A `Mode` in words, one phrase per field."""
-    return ("parameters stay gathered during an update" if mode.gathered
+    return ("parameters stay gathered during an update" if mode.keep_weights
             else "parameters are gathered block by block",
-            "gradients are reduced once an update" if mode.once
+            "gradients are reduced once an update" if mode.reduce_once
             else "gradients are reduced after every micro-batch",
             "local judges stay" if mode.judges_stay else "local judges leave the GPU during updates")
 
@@ -2936,7 +2936,7 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-class HeldOut:
+class Evaluator:
     """Held-out prompts, shared out over the ranks and drawn by the ODE with fixed noise: the same pictures
     for the same weights.
 
@@ -2944,7 +2944,7 @@ class HeldOut:
     batch images at once.
     """
 
-    SHOWN = 24  # of them in grids
+    SHOWN = 24  # of them in pictures
 
     def __init__(self, requests, ids, encoded, sampler, vae, grid, t, seed, batch):
         self.requests, self.ids, self.encoded, self.sampler, self.vae = requests, ids, encoded, sampler, vae

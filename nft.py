@@ -40,7 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining,
+    FAILED, RUBRICS, SIDE, STOP, UNDEFINED, ArgumentParser, Clock, Evaluator, Job, Sampler, StopTraining,
     UserError, VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards,
     command_line, compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
     directory_name, encode_prompts, find_model, forward_flops, free_memory, gather_weights, generate,
@@ -151,7 +151,7 @@ def parse_args(argv=None):
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: "
              "on the GPU)")
-    parser.set_defaults(script="nft")
+    parser.set_defaults(script=Path(__file__).stem)
     args = parse_run(parser, argv, ["reward"], FREE, "name", lambda args: Path("runs", args.name))
     return tiny_prompts(args, TINY, "prompts.jsonl", "heldout.jsonl")
 
@@ -184,8 +184,8 @@ class StepScores:
     """The scores of a step's images, which come in while the step goes on. P groups of G images, those of
     this rank.
 
-    weights (K, P); scores (K, P, G), FAILED or UNDEFINED where there is none; advantage (P, G); seconds that
-    were spent waiting.
+    weights (K, P) of the K rewards; scores (K, P, G), with FAILED (NaN) where there is no answer, UNDEFINED
+    (inf) where the reward does not apply; advantage (P, G); seconds that were spent waiting.
     """
 
     def __init__(self, rewards, requests, group_size):
@@ -249,9 +249,9 @@ def group_advantage(scores, weights):
     weights (K, P) -> A (P, G).
 
     Each reward is z-scored within its group with the population std. A group whose range is below 1e-4 of its
-    largest magnitude carries no preference and contributes 0; a failed score leaves its reward's statistics
-    and contributes 0. A reward that is undefined for a group is dropped there and the other weights make up
-    for it.
+    largest magnitude carries no preference and contributes 0; a failed score is left out of mean and std, and
+    its own share of the advantage is 0. A reward that is undefined for a group is dropped there and the other
+    weights make up for it.
     """
     weights = weights.double().where(~(scores == UNDEFINED).any(-1), 0)
     weights = weights / weights.sum(0).where(weights.sum(0) > 0, 1)                        # w_k     (K, P)
@@ -327,9 +327,9 @@ def kl_loss(v, v_ref):
 # ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
-            "applied. See log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or "
-            "the checkpoint before, by removing this one")
+DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite; none was applied. See "
+            "log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or the "
+            "checkpoint before, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -355,10 +355,11 @@ def set_up(args):
     run = SimpleNamespace(args=args, bad=0)
     run.rank, run.world, run.device = setup()
     run.root = find_model(args.model)
-    run.policy = new_transformer(run.root, torch.float32)
+    run.policy = new_transformer(run.root, torch.float32)  # its weights are read by `load_models`
     run.config = run.policy.config
     run.grid, run.t, run.cfg = sampling_settings(run.root, args.size, args.sampler_steps, args.cfg)
-    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.T = len(run.t) - 1  # sampler steps; t (T+1,)
+    run.shape = latent_shape(run.config, run.grid)  # (N, C) of one image
     run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.branches = 2 if args.guided_objective and run.cfg != 1 else 1  # prompt, and prompt without text
@@ -380,6 +381,7 @@ def load_data(run):
     run.P = args.prompts_per_step = prompts_per_step(args.prompts_per_step, len(run.requests), run.world,
                                                      run.U)
     steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
+    # update by update: the first len(ids) / U ids of a share are the first update's
     run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in steps]
     run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
     run.rewards, run.judges = load_rewards(args.reward, run.root), load_rewards(args.judge, run.root)
@@ -407,32 +409,36 @@ def make_schedule(run):
     run.scale = run.world / (run.P * run.G * args.draws / run.U)
 
 
+def plan(run):
+    """What the run takes of memory, and so how its updates may treat the network: `run.memory`."""
+    args, itemsize = run.args, compute_dtype(run.device).itemsize
+    load_vlms(run.rewards + run.judges, run.device)
+    run.checkpointing = run.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    latents = 4 * (run.P // run.world) * run.G * math.prod(run.shape)  # bytes of one for every image
+    own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
+    run.longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
+    run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
+        prefix=longest_prefix(run.encoded, run.branches),
+        kept=latents * args.draws * (3 + bool(args.kl_coef)),  # x, v_target, v_old, v_ref
+        encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
+        table=vlm_bytes(run.rewards + run.judges),
+        waiting=own_params * (4 + itemsize * bool(args.kl_coef)),  # old policy, base
+        offload=args.offload, checkpointing=run.checkpointing))
+
+
 def load_models(run):
     """The policy, sharded, and the frozen network: a whole one on every rank, never trained, that
     `gather_weights` turns into the policy (pictures), the old policy (rollout, v_old), then into the base
     (v_ref); for the final table into base and policy.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
-    load_vlms(run.rewards + run.judges, device)
-    checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
-    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
-    longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
-    run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
-        prefix=longest_prefix(run.encoded, run.branches),
-        kept=4 * state_floats * args.draws * (3 + bool(args.kl_coef)),
-        encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
-        table=vlm_bytes(run.rewards + run.judges),
-        waiting=(4 + dtype.itemsize * bool(args.kl_coef)) * shard_size,
-        offload=args.offload, checkpointing=checkpointing))
-
     run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
-    run.policy.checkpointing = checkpointing
+    run.policy.checkpointing = run.checkpointing
     # the base, as no checkpoint is loaded yet
     run.reference = to_host(local_shards(run.policy), dtype) if args.kl_coef else []
     # eps is small because gradients are: the loss is a mean over dimensions
@@ -444,9 +450,9 @@ def load_models(run):
         run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer, run.old)
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
     run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          longest, args.cudnn)
-    run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
-                           args.seed, run.batch)
+                          run.longest, args.cudnn)
+    run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
+                              args.seed, run.batch)
     run.pools, run.peak = reward_threads(run.rewards, device), matmul_peak(device)
 
 
@@ -532,9 +538,9 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
 
 
 def update(run, step, number, ids, states, v_old, v_ref, scores):
-    """The step's optimizer step of this number, on its own groups; what is logged of it."""
-    # with room, weights stay gathered and gradients are reduced once, at the update's end
-    keep_gathered(run.policy, run.memory.gathered, run.memory.once)
+    """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
+    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     zero = torch.zeros((), device=run.device)
     sums = SimpleNamespace(loss=zero.clone(), kl=zero.clone(), shifts=[])
     groups = len(ids) // run.U
@@ -542,14 +548,12 @@ def update(run, step, number, ids, states, v_old, v_ref, scores):
     for group in own:
         train_group(run, group, run.encoded[ids[group]][:run.branches], states, scores.advantage_of(group),
                     v_old, v_ref, sums)
-    if run.memory.once:
+    if run.memory.reduce_once:
         reduce_gradients(run.policy)
-    if number == 0:
+    if number == 0:  # not before: remote scores come in while gradients are computed
         scores.check(run.args.max_reward_failures)
     norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
     run.bad = 0 if stepped else run.bad + 1
-    if run.bad == BAD_UPDATES:
-        raise StopTraining(DIVERGED.format(bad=run.bad, norm=norm))
     return statistics(run, sums) | {"grad_norm": norm, "skipped": not stepped}
 
 
@@ -560,8 +564,8 @@ def statistics(run, sums):
 
 
 def train_step(run, step):
-    """Roll out, score, frozen velocities, updates: the step's line of the log. StopTraining before the first
-    update.
+    """Roll out, score, frozen velocities, updates: the step's line of the log; or StopTraining, before the
+    first update.
     """
     ids, clock = run.shares[step], Clock(run.device)
     scores = StepScores(run.rewards, [run.requests[i] for i in ids], run.G)
@@ -573,7 +577,7 @@ def train_step(run, step):
     clock.lap("rollout")
 
     # frozen velocities, before the first update
-    v_old, v_ref = frozen_velocities(run, ids, states), {}
+    v_old, v_ref = frozen_velocities(run, ids, states), {}  # by the weights of the rollout
     if run.reference:
         gather_weights(run.frozen, run.reference)
         v_ref = frozen_velocities(run, ids, states)
@@ -639,7 +643,7 @@ def leave(run, step, trouble=None):
     if step > run.start:
         save(run, step, keep=bool(trouble))
     if trouble:
-        raise UserError(f"step {step}: {trouble}\n{resume_command(run.args, where)}")
+        raise UserError(f"stopped before step {step}: {trouble}\n{resume_command(run.args, where)}")
     stopped(run.args, step, where)
 
 
@@ -652,14 +656,16 @@ def train(run):
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
-            run.pictures.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+            run.evaluator.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
-        except StopTraining as reason:
+        except StopTraining as reason:  # without words where the user asked for it
             return leave(run, step, *reason.args)
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)
+        if run.bad >= BAD_UPDATES:
+            return leave(run, step + 1, DIVERGED.format(bad=run.bad))
         if stopping():
             return leave(run, step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
@@ -685,7 +691,7 @@ def finish(run):
     if args.eval_images:
         judges = run.rewards + run.judges
         seat_judges(judges, run.device)
-        run.pictures.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
+        run.evaluator.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
                                  {"base": run.cfg, "trained": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
@@ -696,6 +702,7 @@ def main(argv=None):
     run = set_up(parse_args(argv))
     load_data(run)
     make_schedule(run)
+    plan(run)
     load_models(run)
     create_shared(run.folder / "samples")
     if run.rank == 0:

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (
-    SIDE, ArgumentParser, Clock, HeldOut, Job, Sampler, StopTraining, UserError, all_gather_list,
+    SIDE, ArgumentParser, Clock, Evaluator, Job, Sampler, StopTraining, UserError, all_gather_list,
     backward_prefixes, bounded, check_disk, check_rewards, command_line, compile_blocks, compute_dtype,
     create_shared, describe_run, detach_prefix, directory_name, encode_prompts, find_model, forward_flops,
     free_memory, gather_weights, guidance_source, guided_velocity, image_side, in_pixels, keep_gathered,
@@ -125,7 +125,7 @@ def parse_args(argv=None):
     add("--offload", action="store_true",
         help="fp32 weights, gradients and Adam in host memory, as one 80 GB card needs for the 7B (default: "
              "on the GPU)")
-    parser.set_defaults(script="opd")
+    parser.set_defaults(script=Path(__file__).stem)
     args = parse_run(parser, argv, ["teacher"], FREE, "name", lambda args: Path("runs", args.name))
     return tiny_prompts(args, TINY, "mixed.jsonl", "heldout.jsonl")
 
@@ -199,9 +199,9 @@ def opd_loss(v, v_teacher, weight):
 # ---- 5. update (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite (norm {norm}); none was "
-            "applied. See log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or "
-            "the checkpoint before, by removing this one")
+DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite; none was applied. See "
+            "log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or the "
+            "checkpoint before, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -227,11 +227,12 @@ def set_up(args):
     run = SimpleNamespace(args=args, bad=0)
     run.rank, run.world, run.device = setup()
     run.root = find_model(args.model)
-    run.policy = new_transformer(run.root, torch.float32)
+    run.policy = new_transformer(run.root, torch.float32)  # its weights are read by `load_models`
     run.config = run.policy.config
     run.grid, run.t, run.base_cfg = sampling_settings(run.root, args.size, args.sampler_steps)
     run.cfg = 1.0  # the student's
-    run.shape, run.T = latent_shape(run.config, run.grid), len(run.t) - 1              # (N, C) and t (T+1,)
+    run.T = len(run.t) - 1  # sampler steps; t (T+1,)
+    run.shape = latent_shape(run.config, run.grid)  # (N, C) of one image
     run.tokens = run.shape[0]
     run.trained = trained_steps(args.train_timesteps, run.T)
     run.G, run.U = args.group_size, args.updates_per_rollout
@@ -278,29 +279,34 @@ def make_schedule(run):
     run.scale = run.world / (run.P * run.G * len(run.trained) / run.U)
 
 
+def plan(run):
+    """What the run takes of memory, and so how its updates may treat the network: `run.memory`."""
+    args, itemsize = run.args, compute_dtype(run.device).itemsize
+    load_vlms(run.judges, run.device)
+    run.checkpointing = run.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    latents = 4 * (run.P // run.world) * run.G * math.prod(run.shape)  # bytes of one for every image
+    own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
+    run.longest = longest_prefix(run.encoded, 2)
+    run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
+        prefix=longest_prefix(run.encoded, 1),
+        kept=latents * len(run.trained) * 2,  # x, v_teacher
+        encoder=weight_bytes(run.root / "text_encoder"), table=vlm_bytes(run.judges),
+        waiting=own_params * len(run.roots) * itemsize,  # the teachers
+        offload=args.offload, checkpointing=run.checkpointing))
+
+
 def load_models(run):
     """The student, sharded, and the frozen network: a whole one on every rank, never trained, that
     `gather_weights` turns into the student for sampling, then into the teachers.
     """
     args, device, dtype, on_gpu = run.args, run.device, compute_dtype(run.device), run.device.type == "cuda"
-    load_vlms(run.judges, device)
-    checkpointing = on_gpu if args.checkpointing is None else args.checkpointing
-    state_floats = run.P // run.world * run.G * math.prod(run.shape)  # a latent per image
-    shard_size = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
-    longest = longest_prefix(run.encoded, 2)
-    run.memory = plan_memory(run.config, run.vae.config, device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=longest,
-        prefix=longest_prefix(run.encoded, 1), kept=8 * state_floats * len(run.trained),
-        encoder=weight_bytes(run.root / "text_encoder"), table=vlm_bytes(run.judges),
-        waiting=len(run.roots) * dtype.itemsize * shard_size,
-        offload=args.offload, checkpointing=checkpointing))
-
     run.frozen = new_transformer(run.root, dtype).to_empty(device=device).requires_grad_(False)
     if args.compile:
         compile_blocks(run.frozen, run.policy)
     run.policy = materialise(shard(run.policy, device, args.offload), run.root,
                              CPU if args.offload else device)
-    run.policy.checkpointing = checkpointing
+    run.policy.checkpointing = run.checkpointing
     run.teachers = {task: load_teacher(run, root, dtype) for task, root in run.roots.items()}
     load_weights(run.policy, run.root / "transformer")
     # eps is small because gradients are: the loss is a mean over dimensions
@@ -309,9 +315,9 @@ def load_models(run):
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
     run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          longest, args.cudnn)
-    run.pictures = HeldOut(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
-                           args.seed, run.batch)
+                          run.longest, args.cudnn)
+    run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
+                              args.seed, run.batch)
     run.peak = matmul_peak(device)
 
 
@@ -385,19 +391,17 @@ def train_group(run, group, prompt, states, v_teacher, sums):
 
 
 def update(run, step, number, ids, states, v_teacher):
-    """The step's optimizer step of this number, on its own groups; what is logged of it."""
-    # with room, weights stay gathered and gradients are reduced once, at the update's end
-    keep_gathered(run.policy, run.memory.gathered, run.memory.once)
+    """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
+    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     sums = SimpleNamespace(loss=torch.zeros((), device=run.device), errors=[])
     groups = len(ids) // run.U
     for group in range(number * groups, (number + 1) * groups):
         train_group(run, group, run.encoded[ids[group]][0], states, v_teacher, sums)
-    if run.memory.once:
+    if run.memory.reduce_once:
         reduce_gradients(run.policy)
     norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
     run.bad = 0 if stepped else run.bad + 1
-    if run.bad == BAD_UPDATES:
-        raise StopTraining(DIVERGED.format(bad=run.bad, norm=norm))
     error = torch.cat(sums.errors).view(groups, len(run.trained), run.G).mean(2)
     return {"loss": sums.loss.item() * run.scale, "error": error, "grad_norm": norm, "skipped": not stepped}
 
@@ -479,7 +483,7 @@ def leave(run, step, trouble=None):
     if step > run.start:
         save(run, step, keep=bool(trouble))
     if trouble:
-        raise UserError(f"step {step}: {trouble}\n{resume_command(run.args, where)}")
+        raise UserError(f"stopped before step {step}: {trouble}\n{resume_command(run.args, where)}")
     stopped(run.args, step, where)
 
 
@@ -492,14 +496,16 @@ def train(run):
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
-            run.pictures.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
+            run.evaluator.save_samples(run.folder / "samples" / f"{step:06d}.png", run.cfg)
         try:
             log.append({"step": step, **train_step(run, step)})
-        except StopTraining as reason:
+        except StopTraining as reason:  # without words where the user asked for it
             return leave(run, step, *reason.args)
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)
+        if run.bad >= BAD_UPDATES:
+            return leave(run, step + 1, DIVERGED.format(bad=run.bad))
         if stopping():
             return leave(run, step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
@@ -525,7 +531,7 @@ def finish(run):
     free_memory()
     if args.eval_images:
         seat_judges(run.judges, run.device)
-        run.pictures.final_table(folder, run.root, local_shards(run.policy), run.judges, args.eval_images,
+        run.evaluator.final_table(folder, run.root, local_shards(run.policy), run.judges, args.eval_images,
                                  {"base": run.base_cfg, "student": run.cfg})
     if run.rank == 0:
         print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
@@ -536,6 +542,7 @@ def main(argv=None):
     run = set_up(parse_args(argv))
     load_data(run)
     make_schedule(run)
+    plan(run)
     load_models(run)
     create_shared(run.folder / "samples")
     if run.rank == 0:

@@ -389,7 +389,7 @@ VARIANTS = {
     "default": [], "--printed-ratio": PRINTED, "--train-timesteps all": ["--train-timesteps", "all"],
     "--noise-level 1.2": ["--noise-level", "1.2"], "--kl-coef 0.1": ["--kl-coef", "0.1"]}
 OBJECTIVES = {  # trained on: what differs from the default
-    "strict": ["default", "--printed-ratio", "--train-timesteps all", "--kl-coef 0.1"],
+    "strict": ["default", "--printed-ratio", "--train-timesteps all", "--noise-level 1.2", "--kl-coef 0.1"],
     "aesthetic": ["default", "--printed-ratio", "--train-timesteps all", "--noise-level 1.2"]}
 
 

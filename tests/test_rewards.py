@@ -318,7 +318,7 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
 
     with serve(answer) as server:
         printed, failed = run_grpo(tmp_path, server.url, "--save-every", "0", run=start_script)
-        for words in (f"step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05",
+        for words in (f"before step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05",
                       "8 x alignment: ConnectionError"):
             assert failed and words in printed
         run = tmp_path / "runs" / "run"

@@ -262,12 +262,12 @@ def test_an_update_that_is_not_finite_is_not_applied(tmp_path, monkeypatch):
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, lambda number: number > 4)
-    with pytest.raises(UserError, match="step 2: 3 updates in a row had a loss or gradient that is not"):
+    with pytest.raises(UserError, match="before step 3: 4 updates in a row had a loss or gradient"):
         run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4")
     monkeypatch.undo()
     assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
     # as the message says
-    run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "3", "--lr", "1e-6", "--resume")
+    run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4", "--lr", "1e-6", "--resume")
     assert {group["lr"] for group in checkpoint(tmp_path)["optimizer"]["param_groups"]} == {1e-6}
 
 

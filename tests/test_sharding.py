@@ -22,7 +22,7 @@ def gradients(dtype, mode, offload, device, rank):
     policy = model.materialise(policy, root, device)
     width, found = policy.config["context_in_dim"], []
     for update in range(2):
-        model.keep_gathered(policy, mode.gathered, mode.once)
+        model.keep_gathered(policy, mode.keep_weights, mode.reduce_once)
         # the first update reaches the text layers in its last backward pass alone
         for group in range(update + 1):
             generator = torch.Generator().manual_seed(10 * rank + group)
@@ -35,7 +35,7 @@ def gradients(dtype, mode, offload, device, rank):
                 v.pow(2).mean().backward()
             model.backward_prefixes(prefixes, leaves)
             del prefixes, leaves, v
-        if mode.once:
+        if mode.reduce_once:
             model.reduce_gradients(policy)
         model.release(policy)
         found.append({name: param.grad.full_tensor().clone() for name, param in policy.named_parameters()})
@@ -46,14 +46,14 @@ def main():
     rank, world, device = model.setup()
     for dtype in (torch.float32, torch.bfloat16):
         first = gradients(dtype, model.MODES[-1], False, device, rank)
-        gathered, each = model.Mode(), model.Mode(once=False)
+        gathered, each = model.Mode(), model.Mode(reduce_once=False)
         modes = ((gathered, False), (each, False), (gathered, True), (model.MODES[-1], True))
         for mode, offload in modes:
             other = gradients(dtype, mode, offload, device, rank)
             worst = max(((b[name] - a[name]).norm() / a[name].norm()).item()
                         for a, b in zip(first, other) for name in a)
             if rank == 0:
-                print("WORST", dtype, mode.gathered, mode.once, offload, worst)
+                print("WORST", dtype, mode.keep_weights, mode.reduce_once, offload, worst)
 
 main()
 gc.collect()
