@@ -385,7 +385,8 @@ def load_data(run):
     steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
     # update by update: the first len(ids) / U ids of a share are the first update's
     run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in steps]
-    run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
+    shown = len(run.heldout) if args.eval_images else Evaluator.SHOWN * bool(args.sample_every)
+    run.eval_ids = list(range(run.rank, len(run.heldout[:shown]), run.world))
     run.rewards, run.judges = load_rewards(args.reward, run.root), load_rewards(args.judge, run.root)
     check_rewards(run.rewards, run.requests)
     check_rewards(run.judges, run.heldout)

@@ -2395,17 +2395,21 @@ MODES = [Mode(weights, once, stay) for weights, once in ((True, True), (True, Fa
          for stay in (True, False)]
 
 
-def memory_phases(config, vae_config, world, job, mode, width=2):
-    """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's
-    context and NCCL's buffers come on top. width: bytes of a number in the compute dtype; masters, gradients
-    and Adam are fp32."""
-    dim, layers = network_width(config), config["num_layers"]
+def parameter_counts(config, vae_config):
+    """Numbers of parameters: of the network, of one of its blocks, of the VAE."""
     with torch.device("meta"):
         network, vae = FlowTransformer(config), VAE(vae_config)
-    count = sum(param.numel() for param in network.parameters())
-    block = sum(param.numel() for param in network.transformer_blocks[0].parameters())
+    return [sum(param.numel() for param in module.parameters())
+            for module in (network, network.transformer_blocks[0], vae)]
+
+
+def memory_phases(config, vae_config, counts, world, job, mode, width=2):
+    """Bytes on a device of `world` at the peak of every phase of a step, as torch allocates them; CUDA's
+    context and NCCL's buffers come on top. counts: `parameter_counts`; width: bytes of a number in the
+    compute dtype; masters, gradients and Adam are fp32."""
+    dim, layers = network_width(config), config["num_layers"]
+    count, block, decoder = counts[0], counts[1], width * counts[2]
     share, token, kv = (0 if job.offload else count // world), width * dim, 2 * layers * width * dim
-    decoder = width * sum(param.numel() for param in vae.parameters())
     # frozen network, VAE, masters and Adam
     resident = width * count + decoder + 12 * share + (job.judges if mode.judges_stay else 0)
     scoring = JUDGING * job.judges + (0 if mode.judges_stay else job.judges)
@@ -2459,7 +2463,8 @@ def choose_mode(config, vae_config, world, job, size, width=2):
     """The fastest `Mode` whose phases fit `size` bytes of a device, or where none does, of those that need
     least; and its phases.
     """
-    found = [memory_phases(config, vae_config, world, job, mode, width) for mode in MODES]
+    counts = parameter_counts(config, vae_config)
+    found = [memory_phases(config, vae_config, counts, world, job, mode, width) for mode in MODES]
     limit = max(size, min(max(phases.values()) for phases in found))
     return next((mode, phases) for mode, phases in zip(MODES, found) if max(phases.values()) <= limit)
 

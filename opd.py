@@ -254,7 +254,8 @@ def load_data(run):
                                                      run.U)
     run.steps = [prompt_ids(step, len(run.requests), run.P, args.seed) for step in range(args.steps)]
     run.shares = [rank_share(ids, run.U, run.rank, run.world) for ids in run.steps]
-    run.eval_ids = list(range(run.rank, len(run.heldout), run.world))
+    shown = len(run.heldout) if args.eval_images else Evaluator.SHOWN * bool(args.sample_every)
+    run.eval_ids = list(range(run.rank, len(run.heldout[:shown]), run.world))
     run.roots = teacher_roots(args.teacher, run.requests, args.prompts)
     run.judges = load_rewards(args.judge, run.root)
     check_rewards(run.judges, run.heldout)

@@ -416,8 +416,9 @@ def bench_plan(args, config=REAL, text=200):
     size = args.gib * 2**30 - context - model.SLACK
     print(f"GiB on a GPU of {args.gib:g}, less {context / 2**30:g} for CUDA and NCCL and "
           f"{model.SLACK / 2**30:g} for fragmentation")
+    counts = model.parameter_counts(config, REAL_VAE)
     for mode in model.MODES[::1 if args.judge else 2]:
-        most = max(model.memory_phases(config, REAL_VAE, args.gpus, job, mode).values())
+        most = max(model.memory_phases(config, REAL_VAE, counts, args.gpus, job, mode).values())
         print(f"  {most / 2**30:>6.1f} where {', '.join(model.describe(mode)[:2 + args.judge])}")
     mode, phases = model.choose_mode(config, REAL_VAE, args.gpus, job, size)
     print(f"{'; '.join(model.describe(mode)[:2 + args.judge])}\n  {model.in_words(phases)}")
