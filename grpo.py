@@ -15,25 +15,27 @@ runs/NAME/.
 Differs from the paper:
   1. The rollout is an ODE except on the trained steps, which are stochastic: without noise Eq. 6 has no
      ratio. (The paper samples "using a 40-step ODE solver"; it does not say how the two go together.)
-  2. log r = z Delta - Delta^2/2, summed over the D numbers of an image: z is the noise of the step, and
-     Delta = kappa (v_old - v) what training changes in the step's mean. As printed, kappa is kappa_t
-     (`mean_shift`, --printed-ratio), so that Delta is in units of the step's std; here it is 1/sqrt(D). The
-     spread of log r is then the rms change of velocity at every resolution and step, which is the unit of
-     --clip-eps, and all trained steps weigh alike. As printed it is kappa_t sqrt(D) times that: at 1024 px
-     the ratio is far from 1 after any update, and the least noisy step has most of the gradient.
-  3. Under hybrid CFG (Sec. 4.1: guided rollout, unguided objective) the next state that was sampled is not
-     one that the unguided policy would reach. The two unguided densities are compared at mean_old + std z
-     instead, with the sampler's z and the unguided mean_old. Before the first update the gradient is then
-     1/s of the guided sampler's own, through its conditional branch; at the sampled state it would be
-     biased. With --guided-objective and --printed-ratio together this is Eq. 6 as printed.
+  2. The ratio of a step is r = exp(sum over the D numbers of an image of z Delta - Delta^2/2), with z the
+     step's noise and Delta = kappa (v_old - v).
+     As printed (--printed-ratio): kappa = kappa_t (`mean_shift`), so that Delta is how far the step's mean
+     moves, in units of its std. The spread of log r is then kappa_t sqrt(D) times the rms change of velocity:
+     at 1024 px r is far from 1 after any update, and the least noisy step has most of the gradient.
+     Here: kappa = 1/sqrt(D). The spread of log r is the rms change of velocity, at every resolution and step:
+     that is the unit of --clip-eps, and all trained steps weigh alike.
+  3. Under hybrid CFG (Sec. 4.1: rollout guided by the scale s, objective unguided) the state that was sampled
+     next is not one that the unguided policy would reach. The two unguided densities are compared at mean_old
+     + std z instead, mean_old unguided, z the sampler's. Before the first update the gradient is then 1/s of
+     the guided sampler's own, through its conditional branch; at the sampled state it would be biased.
+     Without hybrid CFG the two states are one, and with --printed-ratio this is Eq. 6.
   4. A rank owns whole prompt groups, so group statistics need no gathering; the numbers are the same.
   5. The paper gives no noise level, learning rate, clip or number of trained steps. The noise level is
-     Flow-GRPO's; at 1.2, which we tried too, fewer pictures of a rollout are right. Emphasis on high noise
-     (Sec. 4.2) lies in the choice of steps: the default four all lie in the noisier half.
+     Flow-GRPO's; at 1.2, which we tried too, fewer pictures of a rollout are right. Emphasis on high
+     noise (Sec. 4.2) lies in the choice of steps: the default four all lie in the noisier half.
   6. The velocity KL, which the paper states for NFT (Eq. 9), is on: a policy rewarded for beauty alone
      forgets the prompt.
   7. A score that failed is left out and counted, never 0; one that does not apply is dropped for its group.
-     The paper gives no rule. Groups wait for their own scores, the first update for all.
+     The paper gives no rule. A group is trained when its own scores are there; the first optimizer step
+     waits for all.
 The three CFG strategies of Sec. 4.1: as it is, guided rollout and unguided objective (hybrid);
 --guided-objective, both; --cfg 1, neither.
 """
@@ -200,7 +202,9 @@ class StepScores:
         self.weights = self.weights.float()                                                # w_k     (K, P)
         self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)     # R_k     (K, P, G)
         self.advantage = self.weights.new_zeros(len(requests), group_size)                 # A       (P, G)
-        self.pending, self.arrived, self.seconds = [], [], 0.0
+        self.pending = []  # (images, K futures) per batch
+        self.arrived = []  # K (score, why) per image; why is empty where all went well
+        self.seconds, self.reasons = 0.0, Counter()
 
     def ask(self, pools, images, requests):
         """Have the next images of the rollout scored in the background."""
@@ -309,10 +313,8 @@ def grpo_loss(v, v_old, z, kappa, advantage, clip_eps):
     advantage  (B,)       Eq. 13
     Returns the loss summed over the batch, and the ratios (B,).
 
-    A step is mean + std z (Eq. 5). Training moves its mean by Delta = (mean - mean_old) / std = kappa (v_old
-    - v), kappa as in `mean_shift`; 1/sqrt(N C) stands for a larger std (difference 2). At mean_old + std z
-    the log-ratio of the two Gaussian densities is z^2/2 - (z - Delta)^2/2 = z Delta - Delta^2/2 per
-    dimension.
+    A step is mean + std z (Eq. 5), and Delta = (mean - mean_old) / std. At mean_old + std z the log-ratio of
+    the two Gaussian densities is z^2/2 - (z - Delta)^2/2 = z Delta - Delta^2/2 per dimension.
     """
     delta = kappa * (v_old - v)                                                             # (B, N, C)  Eq. 5
     ratio = (z * delta - delta**2 / 2).sum(dim=(1, 2)).exp()                                # (B,)       Eq. 6
@@ -404,11 +406,11 @@ def load_data(run):
 def make_schedule(run):
     """Noise of the sampler's steps, and the micro-batches of a group, which share one prefix."""
     args, trained = run.args, run.trained
-    run.sigma = noise_levels(run.t, trained, args.noise_level)                                  # (T,)
-    kappa = torch.full((run.T,), math.prod(run.shape) ** -0.5)                               # difference 2
+    run.sigma = noise_levels(run.t, trained, args.noise_level)                                # (T,)
+    kappa = torch.full((run.T,), math.prod(run.shape) ** -0.5)                             # difference 2
     if args.printed_ratio:
         kappa = mean_shift(run.t[:-1], run.t.diff(), run.sigma)  # infinite where sigma is 0: not trained
-    run.t_kappa = torch.stack([run.t[:-1], kappa])[:, :, None, None].to(run.device)            # (2, T, 1, 1)
+    run.t_kappa = torch.stack([run.t[:-1], kappa])[:, :, None, None].to(run.device)           # (2, T, 1, 1)
     pairs = [(k, g) for k in trained for g in range(run.G)]
     run.micro_batches = [pairs[i:i + run.micro_batch] for i in range(0, len(pairs), run.micro_batch)]
     # sum over a micro-batch -> mean over the update; FSDP averages over ranks
@@ -424,8 +426,8 @@ def plan(run):
     own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     run.longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
     run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
-        prefix=longest_prefix(run.encoded, run.branches),
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, rollout_prefix=run.longest,
+        objective_prefix=longest_prefix(run.encoded, run.branches),
         kept=latents * len(run.trained) * (3 + bool(args.kl_coef)),  # x, z, v_old, v_ref
         encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
         table=vlm_bytes(run.rewards + run.judges),
@@ -452,8 +454,8 @@ def load_models(run):
                                       weight_decay=0, fused=True)
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          run.longest, args.cudnn)
+    graphs = on_gpu and not args.offload if args.graph is None else args.graph
+    run.sampler = Sampler(run.frozen, graphs, run.longest, args.cudnn)
     run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                               args.seed, run.batch)
     run.pools, run.peak = reward_threads(run.rewards, device), matmul_peak(device)
@@ -483,15 +485,17 @@ def roll_out(run, step, ids, scores):
                                          run.sigma, run.cfg, run.args.seed, run.batch, run.trained):
         states.append(kept)
         scores.ask(run.pools, decoded, [run.requests[i] for _, i, _ in chunk])
-    return {k: [torch.cat(parts).unflatten(0, (len(ids), run.G))
-                for parts in zip(*(kept[k] for kept in states))] for k in run.trained}
+    groups = (len(ids), run.G)
+    return {k: [torch.cat([kept[k][0] for kept in states]).unflatten(0, groups),
+                torch.cat([kept[k][1] for kept in states]).unflatten(0, groups)] for k in run.trained}
 
 
 def select(run, states, group, micro):
     """x, z (B, N, C) and t, kappa (B, 1, 1) of a micro-batch."""
     x = torch.stack([states[k][0][group, g] for k, g in micro])
     z = torch.stack([states[k][1][group, g] for k, g in micro])
-    return x, z, *run.t_kappa[:, [k for k, _ in micro]]
+    t, kappa = run.t_kappa[:, [k for k, _ in micro]]
+    return x, z, t, kappa
 
 
 @torch.no_grad()
@@ -503,7 +507,7 @@ def frozen_velocities(run, ids, states):
     for group, i in enumerate(ids):
         prefixes = [run.frozen.prefix([prompt], run.grid) for prompt in run.encoded[i][:run.branches]]
         for m, micro in enumerate(run.micro_batches):
-            x, _, t = select(run, states, group, micro)[:3]
+            x, _, t, _ = select(run, states, group, micro)
             velocities[group, m] = guided_velocity(run.frozen, x, t.flatten(), *prefixes, cfg=run.cfg)
     return velocities
 
@@ -531,7 +535,7 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
 
 def update(run, step, number, ids, states, v_old, v_ref, scores):
     """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
-    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    # where `plan` found room, whole weights are kept, and gradients reduced once, at the update's end
     keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     zero = torch.zeros((), device=run.device)
     sums = SimpleNamespace(loss=zero.clone(), kl=zero.clone(), ratios=[])
@@ -554,7 +558,7 @@ def statistics(run, sums, advantage):
     clip_eps = run.args.clip_eps
     ratios = torch.cat(sums.ratios).view(len(advantage), len(run.trained), run.G)
     a = advantage[:, None].to(run.device)                                                     # (groups, 1, G)
-    # squared gradient with respect to v, up to a constant; the clip lets none through
+    # squared gradient with respect to v, up to |z|^2, which is about D; the clip lets none through
     energy = (a * ratios * run.t_kappa[1, run.trained, :, 0]).square()
     energy = energy.where((ratios - 1) * a.sign() <= clip_eps, 0)
     return {"loss": sums.loss.item() * run.scale, "kl": sums.kl.item() * run.scale,
@@ -575,8 +579,10 @@ def train_step(run, step):
     seat_judges(run.rewards, run.device)
     states = roll_out(run, step, ids, scores)
     clock.lap("rollout")
+    if stopping():
+        raise StopTraining
 
-    # frozen velocities, before the first update and on the micro-batches of training: the first ratio is 1
+    # frozen velocities, on the very micro-batches of training: in the first update v is v_old to the bit
     v_old, v_ref = frozen_velocities(run, ids, states), {}  # by the weights of the rollout
     if run.reference:
         gather_weights(run.frozen, run.reference)
@@ -590,7 +596,7 @@ def train_step(run, step):
     clock.lap("reward_wait")
     if run.device.type == "cuda":
         run.sampler.drop()  # the updates need the memory
-    if stopping():
+    if stopping():  # for the last time: a step that has begun to train is finished
         raise StopTraining
 
     updates = [update(run, step, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
@@ -636,8 +642,8 @@ def save(run, step, keep=False):
 # ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-def leave(run, step, trouble=None):
-    """End before a step: asked to, or because of what went wrong."""
+def leave(run, step, trouble=""):
+    """End before a step, saved: asked to, or as a UserError because of what went wrong."""
     where = f"--name {run.folder.name}"
     if step > run.start:
         save(run, step, keep=bool(trouble))
@@ -659,7 +665,7 @@ def train(run):
         try:
             log.append({"step": step, **train_step(run, step)})
         except StopTraining as reason:  # without words where the user asked for it
-            return leave(run, step, *reason.args)
+            return leave(run, step, str(reason))
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)

@@ -22,7 +22,8 @@ Words used throughout:
 
   request         a line of a prompt file; an encoded prompt is what the encoders make of it
   branches        an encoded prompt and the same without its text, for guidance
-  prefix          the keys and values of a prompt, at which the targets, the latents of its images, look
+  prefix          the keys and values of a prompt's text and source images
+  targets         the latents of the images to be drawn, which attend to the prefix and to themselves
   group           the images of one prompt; an image's key is (step, prompt id, number in the group)
   t, grid         the sampler's schedule, which falls from 1 to 0; (h, w) of an image in latents
   shards          a rank's rows of every weight
@@ -861,14 +862,19 @@ def free_memory():
 #
 # A fork to another family replaces sections 1 to 3. All else, the scripts too, asks of them only this:
 #
-#   PIPELINE                         _class_name in model_index.json
-#   LATENT, SIDE                     pixels of a latent's side; what the sides of a picture are multiples of
-#   new_transformer, compile_blocks  a network with `prefix`, `velocity`, `anchor`, config, transformer_blocks
-#   kv_shape                         of what a prefix holds for its targets: the sampler keeps it in place
-#   network_width, forward_flops     for the learning rate; for the figures of speed
-#   load_vae                         a VAE with `decode` and config; `to_images`: pictures from its output
-#   encode_prompts                   what `prefix` takes; `prefix_tokens`, `longest_prefix`: how long that is;
-#                                    `image_layout`: which prompts may share a batch
+#   PIPELINE             _class_name in model_index.json
+#   LATENT, SIDE         pixels of a latent's side; what the sides of a picture are multiples of
+#   new_transformer      a network with
+#                          prefix(prompts, grid, into) -> Prefix, velocity(x, t, prefix) -> v (B, N, C),
+#                          anchor(zero): 0, whose graph reaches a parameter of the root,
+#                          transformer_blocks, which are sharded one by one, config, checkpointing
+#   compile_blocks       of some networks
+#   latent_shape         (N, C) of an image; in_pixels: its size in words
+#   kv_shape             of the keys and values of a Prefix, which the sampler keeps in place
+#   network_width        for the learning rate; forward_flops: for the figures of speed
+#   load_vae             a VAE with decode and config; to_images: pictures of what it gives
+#   encode_prompts       {id: two of what `prefix` takes, with text and without}; image_layout: which of them
+#                        may share a batch; prefix_tokens, longest_prefix: how long they are
 
 PIPELINE = "QwenImage21Pipeline"
 LATENT, SIDE = 16, 32
@@ -1323,8 +1329,8 @@ def timesteps(scheduler, tokens, steps=40, sample_sigmas=None):
 
 def sampling_settings(root, size=None, steps=None, cfg=None):
     """What a run samples with: its own values, else the checkpoint's. Returns grid (h, w) of latents, t
-    (T+1,), guidance scale, which is 1 (none) where neither names one, as Qwen-Image-2.1 is meant to be
-    sampled."""
+    (T+1,), guidance scale; where neither names one it is 1, none, as Qwen-Image-2.1 is meant to be
+    used."""
     index = read_config(root / "model_index.json")
     own = index.get("_sampling", {})
     height, width = size or own.get("size", (512, 512))
@@ -1378,8 +1384,8 @@ def sde_mean_std(x, v, t, dt, sigma):
 
 
 def mean_shift(t, dt, sigma):
-    """kappa_t: by how many of its std a step's mean moves for a velocity smaller by 1, -d(mean)/dv / std of
-    `sde_mean_std`.
+    """kappa_t = |d(mean)/dv| / std of `sde_mean_std`: by how many of its std a step's mean moves with the
+    velocity.
     """
     return (-dt).sqrt() * (1 + sigma**2 * (1 - t) / (2 * t)) / sigma
 
@@ -2355,22 +2361,22 @@ HOST_SLACK = 6 * 2**30  # Python, torch and CUDA in host memory
 class Job(NamedTuple):
     """The sizes that decide what memory a training run takes.
 
-    tokens, batch   of an image; images sampled at once
-    micro_batch     (image, timestep) pairs of a micro-batch
-    pair, prefix    prefix tokens of the longest prompt: of both branches of the rollout; of those that an
-                    update looks at
-    kept            bytes of states and frozen velocities that wait for the updates
-    encoder         bytes of the text encoder
-    judges, table   bytes of the local VLMs that score rollouts; of these and of those for the final table
-                    alone
-    waiting         bytes of this rank's shards that wait in host memory for the frozen network
+    tokens, batch     of an image; images sampled at once
+    micro_batch       (image, timestep) pairs of a micro-batch
+    rollout_prefix    prefix tokens of the longest prompt, with all branches of the rollout
+    objective_prefix  the same with those that an update looks at
+    kept              bytes of states and frozen velocities that wait for the updates
+    encoder           bytes of the text encoder
+    judges, table     bytes of the local VLMs that score rollouts; of these and of those for the final table
+                      alone
+    waiting           bytes of this rank's shards that wait in host memory for the frozen network
     """
 
     tokens: int
     batch: int
     micro_batch: int
-    pair: int
-    prefix: int
+    rollout_prefix: int
+    objective_prefix: int
     kept: int = 0
     encoder: int = 0
     judges: int = 0
@@ -2416,17 +2422,18 @@ def memory_phases(config, vae_config, counts, world, job, mode, width=2):
 
     pixels = LATENT**2 * job.tokens * max(1, min(4, 4096 // job.tokens))  # of the images decoded at once
     decoding = DECODING * width * (vae_config["decoder_base_dim"] or vae_config["base_dim"]) * pixels
-    sampling = kv * job.pair + FORWARD * token * job.batch * job.tokens  # arena; what the graph works on
-    prefix = FORWARD * token * job.pair
-    looked_at = job.micro_batch * (job.tokens + job.prefix)  # keys of a micro-batch
-    frozen = kv * job.prefix + FORWARD * token * max(looked_at, job.prefix)
+    # the sampler's arena, and what its graph works on
+    sampling = kv * job.rollout_prefix + FORWARD * token * job.batch * job.tokens
+    prefix = FORWARD * token * job.rollout_prefix
+    looked_at = job.micro_batch * (job.tokens + job.objective_prefix)  # keys of a micro-batch
+    frozen = kv * job.objective_prefix + FORWARD * token * max(looked_at, job.objective_prefix)
 
     # activations that a forward pass leaves for the backward pass
     inputs = layers if job.checkpointing else layers * BACKWARD
     # keys and values, the fp32 leaves, the gradients of these
-    update = (kv + 16 * layers * dim + inputs * token) * job.prefix
+    update = (kv + 16 * layers * dim + inputs * token) * job.objective_prefix
     update += max((inputs + BACKWARD) * token * job.micro_batch * job.tokens + 8 * token * looked_at,
-                  BACKWARD * token * job.prefix)
+                  BACKWARD * token * job.objective_prefix)
     weights = count if mode.keep_weights else count - layers * block + 2 * block
     gradients = 4 * (count if mode.reduce_once else share) + 8 * block
     pictures = sampling + max(decoding, prefix)
@@ -2494,7 +2501,7 @@ def plan_memory(config, vae_config, device, job):
     # ranks must agree, so the longest prompt and the smallest machine count
     jobs, sizes, machines, neighbours = zip(*parts)
     job = job._replace(**{name: max(getattr(other, name) for other in jobs)
-                          for name in ("pair", "prefix", "kept")})
+                          for name in ("rollout_prefix", "objective_prefix", "kept")})
     size, machine = min(sizes) - (context_bytes(world) if cuda else 0), min(machines)
     mode, phases = choose_mode(config, vae_config, world, job, size - (SLACK if cuda else 0),
                                compute_dtype(device).itemsize)

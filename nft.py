@@ -194,7 +194,9 @@ class StepScores:
         self.weights = self.weights.float()                                                # w_k     (K, P)
         self.scores = self.weights.new_full((*self.weights.shape, group_size), FAILED)     # R_k     (K, P, G)
         self.advantage = self.weights.new_zeros(len(requests), group_size)                 # A       (P, G)
-        self.pending, self.arrived, self.seconds = [], [], 0.0
+        self.pending = []  # (images, K futures) per batch
+        self.arrived = []  # K (score, why) per image; why is empty where all went well
+        self.seconds, self.reasons = 0.0, Counter()
 
     def ask(self, pools, images, requests):
         """Have the next images of the rollout scored in the background."""
@@ -419,8 +421,8 @@ def plan(run):
     own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     run.longest = longest_prefix(run.encoded, 1 + (run.cfg != 1))
     run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
-        prefix=longest_prefix(run.encoded, run.branches),
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, rollout_prefix=run.longest,
+        objective_prefix=longest_prefix(run.encoded, run.branches),
         kept=latents * args.draws * (3 + bool(args.kl_coef)),  # x, v_target, v_old, v_ref
         encoder=weight_bytes(run.root / "text_encoder"), judges=vlm_bytes(run.rewards),
         table=vlm_bytes(run.rewards + run.judges),
@@ -450,8 +452,8 @@ def load_models(run):
     if args.resume:
         run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer, run.old)
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          run.longest, args.cudnn)
+    graphs = on_gpu and not args.offload if args.graph is None else args.graph
+    run.sampler = Sampler(run.frozen, graphs, run.longest, args.cudnn)
     run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                               args.seed, run.batch)
     run.pools, run.peak = reward_threads(run.rewards, device), matmul_peak(device)
@@ -540,7 +542,7 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
 
 def update(run, step, number, ids, states, v_old, v_ref, scores):
     """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
-    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    # where `plan` found room, whole weights are kept, and gradients reduced once, at the update's end
     keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     zero = torch.zeros((), device=run.device)
     sums = SimpleNamespace(loss=zero.clone(), kl=zero.clone(), shifts=[])
@@ -576,8 +578,10 @@ def train_step(run, step):
     seat_judges(run.rewards, run.device)
     states = roll_out(run, step, ids, scores)
     clock.lap("rollout")
+    if stopping():
+        raise StopTraining
 
-    # frozen velocities, before the first update
+    # frozen velocities, on the very micro-batches of training: in the first update v is v_old to the bit
     v_old, v_ref = frozen_velocities(run, ids, states), {}  # by the weights of the rollout
     if run.reference:
         gather_weights(run.frozen, run.reference)
@@ -591,7 +595,7 @@ def train_step(run, step):
     clock.lap("reward_wait")
     if run.device.type == "cuda":
         run.sampler.drop()  # the updates need the memory
-    if stopping():
+    if stopping():  # for the last time: a step that has begun to train is finished
         raise StopTraining
 
     updates = [update(run, step, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
@@ -638,8 +642,8 @@ def save(run, step, keep=False):
 # ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-def leave(run, step, trouble=None):
-    """End before a step: asked to, or because of what went wrong."""
+def leave(run, step, trouble=""):
+    """End before a step, saved: asked to, or as a UserError because of what went wrong."""
     where = f"--name {run.folder.name}"
     if step > run.start:
         save(run, step, keep=bool(trouble))
@@ -661,7 +665,7 @@ def train(run):
         try:
             log.append({"step": step, **train_step(run, step)})
         except StopTraining as reason:  # without words where the user asked for it
-            return leave(run, step, *reason.args)
+            return leave(run, step, str(reason))
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)

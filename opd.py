@@ -289,8 +289,8 @@ def plan(run):
     own_params = sum(param.numel() for param in run.policy.parameters()) // run.world  # of a rank
     run.longest = longest_prefix(run.encoded, 2)
     run.memory = plan_memory(run.config, run.vae.config, run.device, Job(
-        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, pair=run.longest,
-        prefix=longest_prefix(run.encoded, 1),
+        tokens=run.tokens, batch=run.batch, micro_batch=run.micro_batch, rollout_prefix=run.longest,
+        objective_prefix=longest_prefix(run.encoded, 1),
         kept=latents * len(run.trained) * 2,  # x, v_teacher
         encoder=weight_bytes(run.root / "text_encoder"), table=vlm_bytes(run.judges),
         waiting=own_params * len(run.roots) * itemsize,  # the teachers
@@ -315,8 +315,8 @@ def load_models(run):
                                       weight_decay=0, fused=True)
     run.start = load_checkpoint(run.folder / "checkpoint", run.policy, run.optimizer) if args.resume else 0
     run.optimizer.param_groups[0]["lr"] = run.lr  # --resume may bring another
-    run.sampler = Sampler(run.frozen, on_gpu and not args.offload if args.graph is None else args.graph,
-                          run.longest, args.cudnn)
+    graphs = on_gpu and not args.offload if args.graph is None else args.graph
+    run.sampler = Sampler(run.frozen, graphs, run.longest, args.cudnn)
     run.evaluator = Evaluator(run.heldout, run.eval_ids, run.encoded, run.sampler, run.vae, run.grid, run.t,
                               args.seed, run.batch)
     run.peak = matmul_peak(device)
@@ -393,7 +393,7 @@ def train_group(run, group, prompt, states, v_teacher, sums):
 
 def update(run, step, number, ids, states, v_teacher):
     """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
-    # with room on the device whole weights are kept, and gradients reduced once, at the update's end
+    # where `plan` found room, whole weights are kept, and gradients reduced once, at the update's end
     keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
     sums = SimpleNamespace(loss=torch.zeros((), device=run.device), errors=[])
     groups = len(ids) // run.U
@@ -478,8 +478,8 @@ def save(run, step, keep=False):
 # ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-def leave(run, step, trouble=None):
-    """End before a step: asked to, or because of what went wrong."""
+def leave(run, step, trouble=""):
+    """End before a step, saved: asked to, or as a UserError because of what went wrong."""
     where = f"--name {run.folder.name}"
     if step > run.start:
         save(run, step, keep=bool(trouble))
@@ -501,7 +501,7 @@ def train(run):
         try:
             log.append({"step": step, **train_step(run, step)})
         except StopTraining as reason:  # without words where the user asked for it
-            return leave(run, step, *reason.args)
+            return leave(run, step, str(reason))
         if run.rank == 0:
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)

@@ -384,7 +384,7 @@ def plan_job(side, edit, micro_batch=None, offload=False, judges=0, world=8, pro
     one = 4 * prompts // world * group * tokens * REAL["in_channels"]
     share = 2 * sum(param.numel() for param in random_shapes(REAL)) // world
     return model.Job(tokens=tokens, batch=8, micro_batch=micro_batch or max(1, 8192 // tokens),
-                     pair=2 * source + text + 16, prefix=source + text,
+                     rollout_prefix=2 * source + text + 16, objective_prefix=source + text,
                      kept=one * latents, encoder=ENCODER, judges=judges, table=judges, waiting=share,
                      offload=offload)
 

@@ -162,7 +162,10 @@ if __name__ == "__main__":
                                    pytest.param("table", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undisturbed, tmp_path, phase):
     (tmp_path / "script.py").write_text(INTERRUPTED.format(root=str(ROOT), oracle=ORACLE.partition("=")[2]))
-    arguments = ["--reward", "aesthetic=script.py:hanging", "--steps", "4", *SMALL, "--eval-images", "75"]
+    heldout = (ROOT / "tests/tiny/heldout.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "heldout.jsonl").write_text("".join(heldout[:8]))
+    arguments = ["--reward", "aesthetic=script.py:hanging", "--steps", "4", *SMALL, "--eval-prompts",
+                 "heldout.jsonl", "--eval-images", "8"]
     process = subprocess.Popen([sys.executable, "script.py", *arguments], cwd=tmp_path,
                                env=ENVIRONMENT | {"PHASE": phase}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -176,7 +179,7 @@ def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undis
                                                                                 "table": 4}[phase]
     done = subprocess.run([sys.executable, *again[1].split()], cwd=tmp_path, env=ENVIRONMENT,
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "75 held-out prompts x 1 images" in done.stdout, done.stderr
+    assert done.returncode == 0 and "8 held-out prompts x 1 images" in done.stdout, done.stderr
     assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
 
 
@@ -210,7 +213,10 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, tmp_pa
     """A limit on the size of files stands for the full disk; a checkpoint is the largest file."""
     run_script(tmp_path, "--reward", ORACLE, "--steps", "3", *SMALL)
     arguments = ["--reward", ORACLE, "--steps", "4", *SMALL, "--resume"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, 5 * 2**20))
+
     done = subprocess.run(command("grpo.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, preexec_fn=limit,
                           capture_output=True,
                           text=True)
