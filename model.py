@@ -1130,19 +1130,23 @@ def load_weights(module, directory, unused=None):
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in sorted(key for key in found if files[key] == path):
-                if key not in file.keys():
-                    raise UserError(f"{path}: {key} is missing, though the index says it is there")
-                stored, param = file.get_slice(key), params[key]
-                if list(stored.get_shape()) != list(param.shape):
-                    raise UserError(f"{path}: {key} has shape {stored.get_shape()}, the model wants "
-                                    f"{list(param.shape)}")
-                if stored.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                    raise UserError(f"{path}: {key} is {stored.get_dtype()}; want BF16, F16 or F32: "
-                                    "quantised weights (fp8, int8) are not supported")
-                local = param.to_local() if isinstance(param, DTensor) else param.data
-                first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
-                local.copy_(stored[first:first + len(local)])
+                load_tensor(file, path, key, params[key])
     return module
+
+
+def load_tensor(file, path, key, param):
+    """One tensor of the open `file` at `path` into a parameter, or this rank's rows of it."""
+    if key not in file.keys():
+        raise UserError(f"{path}: {key} is missing, though the index says it is there")
+    stored = file.get_slice(key)
+    if list(stored.get_shape()) != list(param.shape):
+        raise UserError(f"{path}: {key} has shape {stored.get_shape()}, the model wants {list(param.shape)}")
+    if stored.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+        raise UserError(f"{path}: {key} is {stored.get_dtype()}; want BF16, F16 or F32: quantised weights "
+                        "(fp8, int8) are not supported")
+    local = param.to_local() if isinstance(param, DTensor) else param.data
+    first = dist.get_rank() * len(local) if isinstance(param, DTensor) else 0
+    local.copy_(stored[first:first + len(local)])
 
 
 def materialise(module, root, device):
@@ -2117,15 +2121,15 @@ def load_vlms(rewards, device):
     """Load the VLMs of these rewards, each once. On a GPU they wait in host memory for `seat_judges`. All
     ranks call.
     """
+    scorers = [reward.score for reward in rewards if isinstance(reward.score, VLMScorer)]
     vlms = {}
-    for scorer in (reward.score for reward in rewards if isinstance(reward.score, VLMScorer)):
-        directory = scorer.vlm
-        if directory not in vlms:
-            with one_rank_at_a_time():
-                vlms[directory] = load_vlm(directory, "cpu", compute_dtype(device))
-                if device.type == "cuda":
-                    unseat(vlms[directory])
-        scorer.vlm = vlms[directory]
+    for directory in dict.fromkeys(scorer.vlm for scorer in scorers):
+        with one_rank_at_a_time():
+            vlms[directory] = load_vlm(directory, "cpu", compute_dtype(device))
+            if device.type == "cuda":
+                unseat(vlms[directory])
+    for scorer in scorers:
+        scorer.vlm = vlms[scorer.vlm]
 
 
 def local_vlms(rewards):
