@@ -129,7 +129,7 @@ def test_more_teachers_stay_in_host_memory(tmp_path, capsys):
         (folder / "prompts.jsonl").write_text("\n".join(json.dumps(r | {"task": tasks[i % count]})
                                                         for i, r in enumerate(records)))
         arguments = ["--prompts", "prompts.jsonl", "--teacher", *(f"{task}={BASE}" for task in tasks),
-                     "--steps", "1", *SMALL, "--prompts-per-step", "16"]
+                     "--steps", "1", *SMALL, "--prompts-per-step", "16", "--group-size", "1"]
         (line,) = run_script(folder, *arguments, script="opd.py")
         assert set(line["velocity_error"]) == set(tasks) and min(line["seconds"].values()) >= 0
         printed = capsys.readouterr().out

@@ -24,7 +24,7 @@ import model
 import world
 from grpo import StepScores, group_advantage
 from judge_server import HANG_UP, Judge, choice, serve
-from runs import checkpoint, loaded_rewards, run_script, start_script
+from runs import checkpoint, loaded_rewards, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ROOT / "tests/tiny/world.py"
@@ -317,10 +317,11 @@ def test_a_run_stops_before_the_update_when_scores_fail_and_resumes_when_they_do
         return answered(pictures[0]) if healthy or number < 16 * step else (400, b"{}")
 
     with serve(answer) as server:
-        printed, failed = run_grpo(tmp_path, server.url, "--save-every", "0", run=start_script)
+        with pytest.raises(model.UserError) as error:
+            run_grpo(tmp_path, server.url, "--save-every", "0")
         for words in (f"before step {step}: 16 of 16 scores failed, --max-reward-failures is 0.05",
                       "8 x alignment: ConnectionError"):
-            assert failed and words in printed
+            assert words in str(error.value)
         run = tmp_path / "runs" / "run"
         lines = (run / "log.jsonl").read_text().splitlines() if step else []
         assert len(lines) == step and not (run / "model").exists()
