@@ -61,6 +61,7 @@ def checkpoint(tmp_path, monkeypatch):
     return root
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_linear_velocity_learns_under_grpo(checkpoint, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("import numpy as np\n"

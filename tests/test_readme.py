@@ -16,8 +16,9 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for line in block.splitlines()]
 TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "6"]
-SMALL = {"grpo.py": TRAINING, "nft.py": TRAINING, "opd.py": TRAINING, "rollout.py": ["--group-size", "2"],
-         "train_reward.py": ["--steps", "2", "--batch", "4"]}
+WITHOUT_SAMPLES = [*TRAINING, "--sample-every", "0"]
+SMALL = {"grpo.py": TRAINING, "nft.py": WITHOUT_SAMPLES, "opd.py": WITHOUT_SAMPLES,
+         "rollout.py": ["--group-size", "2"], "train_reward.py": ["--steps", "2", "--batch", "4"]}
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
 # hours, minutes, this very run
 LONG = ("tests/tiny/make.py", "tests/reproduce.py", "tests/bench.py", "-m pytest")
