@@ -53,13 +53,13 @@ from model import (
     UserError, VLMScorer, all_gather_list, backward_prefixes, bounded, check_disk, check_rewards,
     command_line, compile_blocks, compute_dtype, create_shared, describe_rewards, describe_run, detach_prefix,
     directory_name, encode_prompts, find_model, forward_flops, free_memory, gather_weights, generate,
-    guidance_source, guided_velocity, image_side, in_pixels, keep_gathered, latent_shape, line_chart,
-    load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, local_shards, longest_prefix,
-    materialise, matmul_peak, mean_shift, network_width, new_transformer, noise_levels, open_run, parse_run,
-    plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients, release,
-    resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges, setup, shard,
-    speed_record, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, to_host, unseat_judges,
-    vlm_bytes, weight_bytes, write_log)
+    guidance_source, guided_velocity, heldout_id, image_side, in_pixels, keep_gathered, latent_shape,
+    line_chart, load_checkpoint, load_prompts, load_rewards, load_vae, load_vlms, local_shards,
+    longest_prefix, materialise, matmul_peak, mean_shift, network_width, new_transformer, noise_levels,
+    open_run, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients,
+    release, resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges,
+    setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, to_host,
+    unseat_judges, vlm_bytes, weight_bytes, write_log)
 import torch
 from tqdm import tqdm
 
@@ -396,7 +396,7 @@ def load_data(run):
     check_disk(run.folder, run.policy, SAVED_BYTES * bool(args.save_every))
     run.vae = load_vae(run.root, run.device, compute_dtype(run.device))
     used = {i: run.requests[i] for share in run.shares for i in share}
-    used |= {("heldout", i): run.heldout[i] for i in run.eval_ids}
+    used |= {heldout_id(i): run.heldout[i] for i in run.eval_ids}
     run.encoded = encode_prompts(run.root, run.vae, used, run.grid, run.device)
 
 

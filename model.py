@@ -2092,15 +2092,19 @@ def open_source(name, entry, folder, root):
         return source or "insightface", face_identity(embed)
     if source.partition(":")[0].endswith(".py"):
         return source, load_function(folder / source)
-    zero_shot = not source and not brought.is_dir()
-    directory = root / "text_encoder" if zero_shot else brought if not source else folder / source
-    directory = directory if directory.is_dir() else download(source)
+    note = ""
+    if source:
+        directory = folder / source if (folder / source).is_dir() else download(source)
+    elif brought.is_dir():
+        directory = brought
+    else:
+        directory, note = root / "text_encoder", f" (zero-shot: there is no {brought})"
     directory, rubric, reasoning = read_card(directory, name)
     read_config(directory / "config.json")
-    scorer = VLMScorer(directory, root / "processor" if zero_shot else directory,
+    scorer = VLMScorer(directory, root / "processor" if note else directory,
                        entry.get("rubric") or rubric or find_rubric(name),
                        entry.get("reasoning", reasoning))
-    return f"{directory}{f' (zero-shot: there is no {brought})' if zero_shot else ''}", scorer
+    return f"{directory}{note}", scorer
 
 
 def read_card(directory, name):
@@ -2952,12 +2956,17 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def heldout_id(i):
+    """The prompt id of the held-out prompt i, beside 0, 1, ... of those to train on."""
+    return "heldout", i
+
+
 class Evaluator:
     """Held-out prompts, shared out over the ranks and drawn by the ODE with fixed noise: the same pictures
     for the same weights.
 
-    requests [Request] of all ranks; ids those of this rank; encoded {("heldout", id): prompts} of these;
-    batch images at once.
+    requests [Request] of all ranks; ids those of this rank; encoded {heldout_id: prompts} of these; batch
+    images at once.
     """
 
     SHOWN = 24  # of them in pictures
@@ -2968,7 +2977,7 @@ class Evaluator:
 
     def images(self, ids, number, cfg):
         """[(id, image)] of `number` images for each prompt, by what is in the sampler's network."""
-        keys = [(0, ("heldout", i), n) for i in ids for n in range(number)]
+        keys = [(0, heldout_id(i), n) for i in ids for n in range(number)]
         ode = torch.zeros(len(self.t) - 1)
         batches = generate(self.sampler, self.vae, self.encoded, keys, self.grid, self.t, ode, cfg, self.seed,
                            self.batch)
