@@ -2625,8 +2625,8 @@ def contact_sheet(path, *rows, columns=8, titles=()):
     kinds, margin, heading = len(rows), 66 if any(titles) else 0, ImageFont.load_default(14)
     rows = [[(fold(caption, cell), image) for caption, image in row[i:i + columns]]
             for i in range(0, max(map(len, rows)), columns) for row in rows]
-    heights = [height + 4 + 13 * max(caption.count("\n") + bool(caption) for caption, _ in row)
-               for row in rows]
+    lines = [max((caption.count("\n") + bool(caption) for caption, _ in row), default=0) for row in rows]
+    heights = [height + 4 + 13 * count for count in lines]
     sheet = Image.new("RGB", (margin + max(map(len, rows)) * (cell + 4) + 4, sum(heights) + 4), "white")
     draw, top = ImageDraw.Draw(sheet), 4
     for y, row in enumerate(rows):
