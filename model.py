@@ -860,19 +860,24 @@ def free_memory():
 
 # ---- 3. the model family -----------------------------------------------------------------------------------
 #
-# A fork to another family replaces sections 1 to 3. All else, the scripts too, asks of them only this:
+# A fork to another family replaces section 1, TextEncoder in section 2, and this one. All else, the scripts
+# too, asks of them only this:
 #
 #   PIPELINE             _class_name in model_index.json
 #   LATENT, SIDE         pixels of a latent's side; what the sides of a picture are multiples of
-#   new_transformer      a network with
+#   FlowTransformer      made of a config; new_transformer: from a checkpoint, without storage; it has
 #                          prefix(prompts, grid, into) -> Prefix, velocity(x, t, prefix) -> v (B, N, C),
 #                          anchor(zero): 0, whose graph reaches a parameter of the root,
-#                          transformer_blocks, which are sharded one by one, config, checkpointing
+#                          transformer_blocks, which are sharded one by one, checkpointing, and
+#                          config with num_layers, for the memory plan
+#   Prefix               what `prefix` makes of P prompts: the sampler holds it in place, the trainer cuts its
+#                        graph at the keys and values
 #   compile_blocks       of some networks
 #   latent_shape         (N, C) of an image; in_pixels: its size in words
 #   kv_shape             of the keys and values of a Prefix, which the sampler keeps in place
 #   network_width        for the learning rate; forward_flops: for the figures of speed
-#   load_vae             a VAE with decode and config; to_images: pictures of what it gives
+#   VAE, load_vae        with decode, and in config base_dim, decoder_base_dim; to_images: pictures of what
+#                        decode gives
 #   encode_prompts       {id: two of what `prefix` takes, with text and without}; image_layout: which of them
 #                        may share a batch; prefix_tokens, longest_prefix: how long they are
 
@@ -2447,7 +2452,7 @@ def memory_phases(config, vae_config, counts, world, job, mode, width=2):
     pictures = sampling + max(decoding, prefix)
     return {
         "loading": job.encoder + decoder + decoding,
-        "grids": resident + pictures,
+        "sample pictures": resident + pictures,
         "rollout": resident + job.kept + pictures + scoring,
         "frozen velocities": resident + job.kept + sampling + frozen + scoring,
         "updates": resident + job.kept + gradients + width * weights + update,
@@ -2616,9 +2621,10 @@ def contact_sheet(path, *rows, columns=8, titles=()):
     captions = [caption for row in rows for caption, _ in row]
     font, notes = caption_font(captions), path.with_suffix(".txt")
     if font is None:
-        write_text(notes, "\n".join(f"#{i} {caption}" for i, caption in enumerate(captions, 1)))
+        words = [" ".join(caption.split()) for caption in captions if caption]
+        write_text(notes, "\n".join(f"#{i} {caption}" for i, caption in enumerate(words, 1)))
         numbers, font = (f"#{i}, see {notes.name}" for i in itertools.count(1)), ImageFont.load_default(10)
-        rows = [[(next(numbers), image) for _, image in row] for row in rows]
+        rows = [[(caption and next(numbers), image) for caption, image in row] for row in rows]
     drawn = rows[-1][0][1]  # a first row may be of source images, of any shape
     cell = max(96, drawn.width)
     height = cell * drawn.height // drawn.width
@@ -2644,8 +2650,11 @@ def contact_sheet(path, *rows, columns=8, titles=()):
 
 def fold(caption, width):
     """At most five lines of a caption that fit so many pixels."""
-    letters = width // (10 if max(map(ord, caption), default=0) > 0x2e80 else 5)
-    return "\n".join([part for line in caption.split("\n") for part in textwrap.wrap(line, letters)][:5])
+    lines = []
+    for line in caption.splitlines():
+        wide = max(map(ord, line), default=0) > 0x2e80
+        lines += textwrap.wrap(line, width // (10 if wide else 5))
+    return "\n".join(lines[:5])
 
 
 def round_ticks(low, high):
@@ -2843,8 +2852,10 @@ def resume_command(args, where):
 
 
 def stopping():
-    """Whether some rank was asked to stop. All ranks call."""
-    return sum(all_gather_list([int(STOP.is_set())])) > 0
+    """Whether some rank was asked to stop, so that now all are. All ranks call."""
+    if any(all_gather_list([STOP.is_set()])):
+        STOP.set()
+    return STOP.is_set()
 
 
 def stopped(args, step, where):

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--prompts", metavar="FILE",
         help="prompts to train on: JSON Lines, or .txt (default: the tiny world's)")
     add("--eval-prompts", metavar="FILE",
-        help="prompts of the grids and of the final table (default: the tiny world's)")
+        help="prompts of the sample pictures and of the final table (default: the tiny world's)")
     add("--name", type=directory_name,
         help="directory under runs/ (default: made from tasks, seed and a number)")
     add("--steps", type=bounded(int, 1), default=45, help="rollouts to train on (default: %(default)s)")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
         help=f"between checkpoints, {SAVED_BYTES} bytes a parameter each; 0: when stopped only (default: "
              "%(default)s)")
     add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
-        help="between image grids, 0 for none (default: %(default)s)")
+        help="between sample pictures, 0 for none (default: %(default)s)")
     add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
@@ -200,8 +200,8 @@ def opd_loss(v, v_teacher, weight):
 
 
 DIVERGED = ("{bad} updates in a row had a loss or gradient that is not finite; none was applied. See "
-            "log.jsonl and samples/ for what went wrong before. To go on take a lower --lr, or the "
-            "checkpoint before, by removing this one")
+            "log.jsonl and samples/ for what went wrong before. To go on take a lower --lr{more}, "
+            "or the checkpoint before, if there is one, by removing this one")
 
 
 def apply_update(policy, optimizer, loss, grad_clip):
@@ -402,7 +402,10 @@ def update(run, step, number, ids, states, v_teacher):
     if run.memory.reduce_once:
         reduce_gradients(run.policy)
     norm, stepped = apply_update(run.policy, run.optimizer, sums.loss, run.args.grad_clip)
-    run.bad = 0 if stepped else run.bad + 1
+    if not stepped:
+        run.bad += 1
+    elif run.bad < BAD_UPDATES:  # so many in a row end the run after this step, whatever follows them
+        run.bad = 0
     error = torch.cat(sums.errors).view(groups, len(run.trained), run.G).mean(2)
     return {"loss": sums.loss.item() * run.scale, "error": error, "grad_norm": norm, "skipped": not stepped}
 
@@ -478,11 +481,13 @@ def save(run, step, keep=False):
 # ---- 10. train (same in grpo, nft, opd) --------------------------------------------------------------------
 
 
-def leave(run, step, trouble=""):
-    """End before a step, saved: asked to, or as a UserError because of what went wrong."""
+def leave(run, step, trouble="", keep=False):
+    """End before a step, saved: asked to, or as a UserError because of what went wrong. keep: the checkpoint
+    before as well.
+    """
     where = f"--name {run.folder.name}"
     if step > run.start:
-        save(run, step, keep=bool(trouble))
+        save(run, step, keep)
     if trouble:
         raise UserError(f"stopped before step {step}: {trouble}\n{resume_command(run.args, where)}")
     stopped(run.args, step, where)
@@ -506,7 +511,8 @@ def train(run):
             write_log(run.folder / "log.jsonl", log, new=step == run.start)
             show(run, log, bar)
         if run.bad >= BAD_UPDATES:
-            return leave(run, step + 1, DIVERGED.format(bad=run.bad))
+            more = " and more --steps" if step + 1 == args.steps else ""
+            return leave(run, step + 1, DIVERGED.format(bad=run.bad, more=more), keep=True)
         if stopping():
             return leave(run, step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:

@@ -17,11 +17,11 @@ RUNS = json.loads((Path(__file__).parent / "memory.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize("parts", [["iteration"],
-                                   pytest.param(["machine", "tests", "tiny", "denoise", "vae", "compiled"],
-                                                marks=pytest.mark.slow)])
+                                   pytest.param(["machine", "tests", "tiny", "denoise", "vae", "offload",
+                                                 "compiled", "fused"], marks=pytest.mark.slow)])
 def test_the_gpu_check_runs_without_one(tmp_path, parts):
     done = subprocess.run([sys.executable, str(ROOT / "tests/gpu.py"), *parts], capture_output=True,
-                          text=True, timeout=400,
+                          text=True, timeout=600,
                           env=ENVIRONMENT | {"OUT": str(tmp_path)})
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "gpu.json").read_text())

@@ -1,4 +1,5 @@
-"""Another model family under grpo.py: what section 3 of model.py says a fork brings, and nothing else."""
+"""Another model family under grpo.py: a network of one's own in the place of section 1 of model.py, with the
+config and the prefix that section 3 asks for; encoders and VAE stay."""
 
 import json
 

@@ -276,12 +276,13 @@ def test_an_update_that_is_not_finite_is_not_applied(tmp_path, monkeypatch):
     assert log[0]["grad_norm"][1] != log[0]["grad_norm"][1] and log[1]["ratio_dev"][0] == 0.0
 
 
-def test_updates_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
-    spoil(monkeypatch, lambda number: number > 4)
-    with pytest.raises(UserError, match="before step 3: 4 updates in a row had a loss or gradient"):
+def test_three_updates_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
+    """Those of step 1 and the first of step 2; its second is finite, and applied."""
+    spoil(monkeypatch, lambda number: 4 < number <= 10)
+    with pytest.raises(UserError, match="before step 3: 3 updates in a row had a loss or gradient"):
         run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4")
     monkeypatch.undo()
-    assert all(state["step"] == 2 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
+    assert all(state["step"] == 3 for state in checkpoint(tmp_path)["optimizer"]["state"].values())
     # as the message says
     run_script(tmp_path, "--reward", ORACLE, *SMALL, "--steps", "4", "--lr", "1e-6", "--resume")
     assert {group["lr"] for group in checkpoint(tmp_path)["optimizer"]["param_groups"]} == {1e-6}
