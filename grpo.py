@@ -534,7 +534,7 @@ def train_group(run, group, prompts, states, advantage, v_old, v_ref, sums):
     backward_prefixes(prefixes, leaves)
 
 
-def update(run, step, number, ids, states, v_old, v_ref, scores):
+def update(run, number, ids, states, v_old, v_ref, scores):
     """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
     # where `plan` found room, whole weights are kept, and gradients reduced once, at the update's end
     keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
@@ -603,7 +603,7 @@ def train_step(run, step):
     if stopping():  # for the last time: a step that has begun to train is finished
         raise StopTraining
 
-    updates = [update(run, step, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
+    updates = [update(run, number, ids, states, v_old, v_ref, scores) for number in range(run.U)]
     clock.lap("train")
     return log_line(run, ids, scores, updates, clock.seconds)
 

@@ -2628,7 +2628,8 @@ def contact_sheet(path, *rows, columns=8, titles=()):
     drawn = rows[-1][0][1]  # a first row may be of source images, of any shape
     cell = max(96, drawn.width)
     height = cell * drawn.height // drawn.width
-    kinds, margin, heading = len(rows), 66 if any(titles) else 0, ImageFont.load_default(14)
+    kinds, heading = len(rows), ImageFont.load_default(14)
+    margin = 12 + math.ceil(max(map(heading.getlength, titles))) if any(titles) else 0
     rows = [[(fold(caption, cell), image) for caption, image in row[i:i + columns]]
             for i in range(0, max(map(len, rows)), columns) for row in rows]
     lines = [max((caption.count("\n") + bool(caption) for caption, _ in row), default=0) for row in rows]
@@ -2649,12 +2650,12 @@ def contact_sheet(path, *rows, columns=8, titles=()):
 
 
 def fold(caption, width):
-    """At most five lines of a caption that fit so many pixels."""
+    """At most six lines of a caption that fit so many pixels."""
     lines = []
     for line in caption.splitlines():
         wide = max(map(ord, line), default=0) > 0x2e80
         lines += textwrap.wrap(line, width // (10 if wide else 5))
-    return "\n".join(lines[:5])
+    return "\n".join(lines[:6])
 
 
 def round_ticks(low, high):

@@ -391,7 +391,7 @@ def train_group(run, group, prompt, states, v_teacher, sums):
     backward_prefixes([prefix], [leaves])
 
 
-def update(run, step, number, ids, states, v_teacher):
+def update(run, number, ids, states, v_teacher):
     """Optimizer step `number` of this rollout, on its own groups; what is logged of it."""
     # where `plan` found room, whole weights are kept, and gradients reduced once, at the update's end
     keep_gathered(run.policy, run.memory.keep_weights, run.memory.reduce_once)
@@ -437,7 +437,7 @@ def train_step(run, step):
     if stopping():
         raise StopTraining
 
-    updates = [update(run, step, number, ids, states, v_teacher) for number in range(run.U)]
+    updates = [update(run, number, ids, states, v_teacher) for number in range(run.U)]
     clock.lap("train")
     return log_line(run, ids, updates, clock.seconds)
 

@@ -276,12 +276,12 @@ def opd():
     shown = {task: [rollout.by_prompt(records[task, "base", 0])[i] for i in chosen]
              for task, chosen in {"t2i": (0, 20, 40, 60), "edit": (0, 4, 16, 20)}.items()}
     rows = [[("", Image.new("RGB", (96, 96), "white")) for _ in shown["t2i"]]
-            + [("source", Image.open(r["folder"] / r["source"][0])) for r in shown["edit"]]]
-    for kind, label in {"base": "base", "unguided": "base, unguided",
-                        **dict(list(kinds.items())[:4])}.items():
-        rows.append([(f"{label}: {r['prompt']}", Image.open(pictures_of(task, kind, 0) / r["file"]))
+            + [("", Image.open(r["folder"] / r["source"][0])) for r in shown["edit"]]]
+    labels = {"base": "base", "unguided": "base, unguided", **dict(list(kinds.items())[:4])}
+    for kind in labels:
+        rows.append([(r["prompt"], Image.open(pictures_of(task, kind, 0) / r["file"]))
                      for task in TASKS for r in shown[task]])
-    model.contact_sheet(ASSETS / "opd.png", *rows)
+    model.contact_sheet(ASSETS / "opd.png", *rows, titles=("source", *labels.values()))
     return opd_table(records, kinds)
 
 
@@ -349,10 +349,11 @@ def strategies(steps=24, guidances=(2, 1)):
                           "2", "--cfg", str(cfg))
                   for (label, seed, cfg), name in names.items()])
     records = {key: rollout.read_records(ROOT / "rollouts" / name) for key, name in names.items()}
+    rows = [(label, cfg) for label in ("base", *labels) for cfg in guidances]
     model.contact_sheet(ASSETS / "strategies.png", *(
-        [(f"{label}, cfg {cfg}: {record['prompt']}", Image.open(record["folder"] / record["file"]))
-         for record in rollout.by_prompt(records[label, 0, cfg])[:8]] for label in ("base", *labels)
-         for cfg in guidances))
+        [(record["prompt"], Image.open(record["folder"] / record["file"]))
+         for record in rollout.by_prompt(records[label, 0, cfg])[:8]] for label, cfg in rows),
+        titles=tuple(f"{label}, cfg {cfg}" for label, cfg in rows))
     curves = {}
     for label in labels:
         logs = [[json.loads(line)["reward"]["aesthetic"]

@@ -17,7 +17,7 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)`
             for line in block.splitlines()]
 TRAINING = ["--steps", "1", "--group-size", "2", "--prompts-per-step", "4", "--eval-images", "6"]
 WITHOUT_SAMPLES = [*TRAINING, "--sample-every", "0"]
-SMALL = {"grpo.py": TRAINING, "nft.py": WITHOUT_SAMPLES, "opd.py": WITHOUT_SAMPLES,
+SMALL = {"grpo.py": TRAINING, "nft.py": WITHOUT_SAMPLES, "opd.py": TRAINING,
          "rollout.py": ["--group-size", "2"], "train_reward.py": ["--steps", "2", "--batch", "4"]}
 NOT_RUN = ("pip install", "git clone", "cd ", "diff ", "tail ")
 # hours, minutes, this very run

@@ -412,13 +412,23 @@ def checkpoint(out):
     return torch.load(out.with_name("state.pt"), weights_only=False)
 
 
-def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_one(tmp_path):
+UNCLIPPED = [*FOUR_STEPS, "--grad-clip", 1e9]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Where a run was killed right after its first checkpoint, and the state of that."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    run(out, *UNCLIPPED, stop=True)
+    return out, checkpoint(out)
+
+
+def test_two_processes_agree_with_one(killed, tmp_path):
     """Gradients (Adam's first moments after two steps, the norm not clipped) and fp32 weights to 1e-4 of
-    their movement. The run goes on with its weights and moments in host memory."""
-    arguments, states = [*FOUR_STEPS, "--grad-clip", 1e9], []
-    for processes in (1, 2):
-        run(tmp_path / f"{processes}", *arguments, processes=processes, stop=True)
-        states.append(checkpoint(tmp_path / f"{processes}"))
+    their movement.
+    """
+    run(tmp_path / "out", *UNCLIPPED, processes=2, stop=True)
+    states = [killed[1], checkpoint(tmp_path / "out")]
     moments = [{name: state["exp_avg"] for name, state in s["optimizer"]["state"].items()} for s in states]
     base = {name: value.float()
             for name, value in load_file(make.OUT / "text_encoder" / "model.safetensors").items()}
@@ -428,16 +438,21 @@ def test_a_killed_run_resumes_with_the_same_bits_and_two_processes_agree_with_on
         assert one.keys() == two.keys() and len(one) >= len(base)
         one, two = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (one, two))
         assert (one - two).norm() <= bar * one.norm()
+
+
+def test_a_killed_run_resumes_with_the_same_bits(killed, tmp_path):
+    """It goes on with its weights and moments in host memory."""
+    out, _ = killed
     with pytest.raises(model.UserError, match="was started with other values of --lr"):
-        run(tmp_path / "1", *arguments, "--resume", "--lr", 9)
+        run(out, *UNCLIPPED, "--resume", "--lr", 9)
     with pytest.raises(model.UserError, match="--resume: there is no .*nothing.part"):
-        run(tmp_path / "nothing", *arguments, "--resume")
-    run(tmp_path / "1", *arguments, "--resume", "--offload")
-    run(tmp_path / "whole", *arguments)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "1"))
+        run(tmp_path / "nothing", *UNCLIPPED, "--resume")
+    run(out, *UNCLIPPED, "--resume", "--offload")
+    run(tmp_path / "whole", *UNCLIPPED)
+    whole, resumed = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", out))
     assert all(torch.equal(value, resumed[name])
                for name, value in whole.items()) and whole.keys() == resumed.keys()
-    assert not (tmp_path / "1" / "checkpoint").exists() and not (tmp_path / "1.part").exists()
+    assert not (out / "checkpoint").exists() and not Path(f"{out}.part").exists()
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(tmp_path, monkeypatch):
