@@ -5,10 +5,15 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library: what is not there is not looked for
@@ -36,11 +41,51 @@ def command(script, *arguments, processes=1, code=None):
 
 
 def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
-    """A script, or code that imports it, as a process of its own: what it printed, and its return code."""
-    done = subprocess.run(command(script, *arguments, processes=processes, code=code), cwd=folder,
-                          env=ENVIRONMENT, timeout=300,
-                          capture_output=True, text=True)
-    return done.stdout + done.stderr, done.returncode
+    """A script, or code that imports it, as processes of its own: what they printed, and a return code that
+    is not 0 if one of them failed.
+    """
+    if code:
+        done = subprocess.run(command(script, *arguments, code=code), cwd=folder, env=ENVIRONMENT,
+                              timeout=300, capture_output=True, text=True)
+        return done.stdout + done.stderr, done.returncode
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+             for rank in range(processes)]
+    with tempfile.NamedTemporaryFile("r") as printed:
+        what = str(folder), str(ROOT / script), [*map(str, arguments)], printed.name
+        started = [FORKS.Process(target=as_main, args=(*what, environment)) for environment in ranks]
+        for process in started:
+            process.start()
+        deadline = time.monotonic() + 300
+        while any(process.is_alive() for process in started) and not any(p.exitcode for p in started):
+            assert time.monotonic() < deadline, printed.read()
+            time.sleep(0.05)
+        code = next((process.exitcode for process in started if process.exitcode), 0)
+        for process in started:  # as torchrun does: one that fails takes the others along
+            process.join(20 if code else None)
+            process.kill()
+        return printed.read(), code
+
+
+# What torchrun starts, without the seconds that imports take: a process that has them is forked. That
+# torchrun itself starts the scripts, the README's commands show.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["model", "transformers.models.auto.modeling_auto",
+                              "transformers.models.qwen3_vl.modeling_qwen3_vl"])
+
+
+def as_main(folder, script, arguments, printed, environment):
+    """In a process of its own: a script as `python SCRIPT ARGUMENTS` runs it."""
+    out = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.chdir(folder)
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def loaded_rewards(specs, root):
