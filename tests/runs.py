@@ -85,6 +85,8 @@ def as_main(folder, script, arguments, printed, environment):
     os.environ.update({key: str(value) for key, value in environment.items()})
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
+    if (Path(script).parent / "model.py").exists() and Path(script).parent != ROOT:
+        sys.modules.pop("model", None)  # a fork has its own
     runpy.run_path(script, run_name="__main__")
 
 

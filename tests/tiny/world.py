@@ -539,6 +539,13 @@ def aesthetic(image: Image.Image) -> float:
     return float(something * sharpness**4 * np.exp(-impurity / 60))
 
 
+def palette(image: Image.Image) -> float:
+    """A naive measure of the same, in [0, 1]: how near all pixels are to the palette. Small objects have less
+    of an edge, and drawing nothing is best of all.
+    """
+    return float(np.exp(-_nearest(_pixels(image))[1].mean() / 20))
+
+
 def _spread(values: np.ndarray, distance: int) -> np.ndarray:
     """Maximum over the square of that many pixels around each pixel, [H, W] -> [H, W]"""
     for axis in (0, 1):
@@ -608,6 +615,10 @@ def aesthetic_reward(images: Images, prompts: list[str], sources: list[Images] |
     return [1 + 4 * aesthetic(image) for image in images]
 
 
+def palette_reward(images: Images, prompts: list[str], sources: list[Images] | None = None) -> list[float]:
+    return [1 + 4 * palette(image) for image in images]
+
+
 def portrait_reward(images: Images, prompts: list[str], sources: list[Images] | None = None) -> list[float]:
     return [1 + 4 * portrait(image) for image in images]
 
@@ -630,7 +641,8 @@ def consistency_reward(images: Images, prompts: list[str], sources: list[Images]
             for image, prompt, before in zip(images, prompts, sources, strict=True)]
 
 
-for _reward in (aesthetic_reward, portrait_reward, alignment_reward, instruction_reward, consistency_reward):
+for _reward in (aesthetic_reward, palette_reward, portrait_reward, alignment_reward, instruction_reward,
+                consistency_reward):
     _reward.range = 1, 5
 strict_reward.range = 0, 1
 

@@ -1,0 +1,137 @@
+"""Every patch in tests/forks applies to the scripts as they are, trains, and its equation is what its header
+says, in a second form.
+"""
+
+import importlib.util
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ORACLE, ROOT, SMALL, read_log, start_script
+
+FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.patch"))
+SCRIPT = {"awm": "nft.py", "dpo": "nft.py"}  # the others are of grpo.py
+REWARD = {"refl": f"palette={ROOT / 'tests/forks/palette.py'}:palette"}
+
+
+@pytest.fixture(scope="module", params=FORKS)
+def fork(request, tmp_path_factory):
+    """The name of a fork, and a directory with the patched scripts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for name in ("model.py", "grpo.py", "nft.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    subprocess.run(["git", "apply", str(ROOT / f"tests/forks/{request.param}.patch")], cwd=folder, check=True)
+    return request.param, folder
+
+
+def test_it_trains(fork):
+    name, folder = fork
+    printed, failed = start_script(folder, "--reward", REWARD.get(name, ORACLE), "--steps", 2, *SMALL,
+                                   script=folder / SCRIPT.get(name, "grpo.py"))
+    assert not failed, printed[-3000:]
+    log = read_log(folder)
+    assert len(log) == 2 and all(line["grad_norm"][0] > 0 and not line["skipped_updates"] for line in log)
+
+
+def patched(folder, name):
+    """A script of a fork as a module, with the fork's own model.py."""
+    before = sys.modules.pop("model")
+    try:
+        for part in ("model", name):
+            spec = importlib.util.spec_from_file_location(part, folder / f"{part}.py")
+            module = importlib.util.module_from_spec(spec)
+            if part == "model":
+                sys.modules["model"] = module
+            spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.modules["model"] = before
+
+
+def test_its_equation(fork):
+    name, folder = fork
+    torch.manual_seed(0)
+    EQUATIONS[name](patched(folder, SCRIPT.get(name, "grpo.py")[:-3]))
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def awm(script):
+    v, v_old, target, a = random(5, 4, 3), random(5, 4, 3), random(5, 4, 3), random(5)
+    v_old = v + 0.1 * v_old
+    total = 0
+    for i in range(5):
+        ratio = math.exp(((v_old[i] - target[i])**2).mean() - ((v[i] - target[i])**2).mean())
+        total -= min(ratio * a[i], min(max(ratio, 0.9), 1.1) * a[i])
+    assert script.awm_loss(v, v_old, target, a, 0.1).item() == pytest.approx(float(total))
+
+
+def guard(script):
+    """The log-ratio is that of two normal densities less its expectation under the old one."""
+    v, v_old, z, a, weight = random(5, 4, 3), random(5, 4, 3), random(5, 4, 3), random(5), random(5).exp()
+    kappa = torch.tensor(12.0, dtype=torch.float64) ** -0.5
+    new, old = (torch.distributions.Normal(-kappa * u, 1) for u in (v, v_old))
+    x = old.mean + z
+    log_ratio = (new.log_prob(x) - old.log_prob(x)).sum((1, 2))
+    log_ratio += torch.distributions.kl_divergence(old, new).sum((1, 2))
+    ratio = log_ratio.exp()
+    expected = -(weight * torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a)).sum()
+    loss, found = script.grpo_loss(v, v_old, z, kappa, a, 0.1, weight)
+    torch.testing.assert_close(found, ratio)
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def mixgrpo(script):
+    windows = [script.window([0, 1, 2, 3], step, 15, 8) for step in (0, 14, 15, 44, 45, 1000)]
+    assert windows == [[0, 1, 2, 3]] * 2 + [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6]]
+
+
+def cps(script):
+    """Image and noise keep their amounts, known here; without noise it is Euler's step."""
+    functions = script.mean_shift.__globals__  # of the fork's model.py
+    sde_mean_std, mean_shift = functions["sde_mean_std"], functions["mean_shift"]
+    x0, x1, t, dt, sigma, none = random(1, 4, 3), random(1, 4, 3), *torch.tensor([0.8, -0.1, 0.6, 0]).double()
+    x, v = (1 - t) * x0 + t * x1, (x1 - x0).requires_grad_()
+    mean, std = sde_mean_std(x, v, t, dt, sigma)
+    torch.testing.assert_close(mean, 0.3 * x0 + (0.7**2 - std**2).sqrt() * x1)
+    assert std.item() == pytest.approx(0.7 * 0.6)
+    torch.testing.assert_close(sde_mean_std(x, v, t, dt, none)[0], x + v * dt)
+    (moved,) = torch.autograd.grad(mean.sum(), v)
+    torch.testing.assert_close(moved, (-mean_shift(t, dt, sigma) * std).expand_as(moved))
+
+
+def dpo(script):
+    v, v_ref, target = random(6, 4, 3), random(6, 4, 3), random(6, 4, 3)
+    change = [((v[i] - target[i])**2).mean() - ((v_ref[i] - target[i])**2).mean() for i in range(6)]
+    expected = sum(math.log(1 + math.exp(2.0 * (change[i] - change[i + 3]))) for i in range(3))
+    assert script.dpo_loss(v, v_ref, target, 2.0).item() == pytest.approx(expected)
+
+
+def refl(script):
+    """The gradient is -dR/dx0 dx0/dv, and dx0/dv is -t."""
+    x, t = random(2, 4, 3), torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None, None]
+    v = random(2, 4, 3).requires_grad_()
+    decode = lambda latents: latents.mT.unflatten(2, (2, 2))
+    weights = random(3, 2, 2)
+    script.refl_loss(v, x, t, decode, lambda pixels: (pixels * weights).sum((1, 2, 3))).backward()
+    torch.testing.assert_close(v.grad, t / 2 * weights.flatten(1).T.expand(2, 4, 3))
+
+
+EQUATIONS = {function.__name__: function for function in (awm, guard, mixgrpo, cps, dpo, refl)}
+
+
+def test_every_fork_is_checked_and_says_what_it_is():
+    assert set(EQUATIONS) == set(FORKS)
+    for name in FORKS:
+        header, _, patch = (ROOT / f"tests/forks/{name}.patch").read_text().partition("\ndiff --git")
+        assert len(header.splitlines()) <= 12
+        assert all(word in header for word in ("Paper:", "Equation:", "Changes:", "Found:", "Use: git apply"))
+        changed = [line for line in patch.splitlines()
+                   if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]
+        assert len(changed) <= (120 if name == "lora" else 60)
