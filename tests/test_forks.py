@@ -123,7 +123,30 @@ def refl(script):
     torch.testing.assert_close(v.grad, t / 2 * weights.flatten(1).T.expand(2, 4, 3))
 
 
-EQUATIONS = {function.__name__: function for function in (awm, guard, mixgrpo, cps, dpo, refl)}
+def lora(script):
+    """Active adapters and merged weights are one network; fresh ones are the base to the bit."""
+    import make
+
+    base = script.materialise(script.new_transformer(make.OUT, torch.float32), make.OUT, "cpu")
+    prompts = [script.mean_shift.__globals__["EncodedPrompt"](torch.randn(7, 96), [False] * 7, [])]
+    x, t = torch.randn(2, 16, 16), torch.tensor([0.9, 0.3])
+    velocity = lambda: base.velocity(x, t, base.prefix(prompts, (4, 4))).detach()
+    before, weights = velocity(), [param.detach().clone() for param in base.parameters()]
+    adapters = script.Adapters(base, 8, seed=0)
+    adapters.active = True
+    assert torch.equal(velocity(), before)
+    for b in adapters.b.values():
+        torch.nn.init.normal_(b, std=0.02)
+    apart, adapters.active = velocity(), False
+    assert torch.equal(velocity(), before) and (apart - before).abs().max() > 0.01
+    names = [name for name, _ in base.named_parameters()]
+    for param, merged in zip(base.parameters(), adapters.merged(names, weights, 0, 1)):
+        param.data.copy_(merged)
+    torch.testing.assert_close(velocity(), apart, rtol=0, atol=1e-4)
+    assert len(adapters.a) == 7 * len(base.transformer_blocks)
+
+
+EQUATIONS = {function.__name__: function for function in (awm, guard, mixgrpo, cps, dpo, refl, lora)}
 
 
 def test_every_fork_is_checked_and_says_what_it_is():
