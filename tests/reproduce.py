@@ -8,6 +8,7 @@ into assets/.
     python tests/reproduce.py opd          # Sec. 4.3: teachers, Mix-RL, the distilled student: an hour
     python tests/reproduce.py objective    # Eq. 6: weights and number of steps, noise, KL: two hours
     python tests/reproduce.py strategies   # Sec. 4.1, 4.2, Fig. 3: CFG strategies, timesteps: an hour
+    python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time: three hours
 
 Trainings of strategies, objective, opd and the several rewards of nft run side by side, one for every core.
 """
@@ -421,21 +422,72 @@ def objective():
     cases = [(*pair, seed) for pair in kinds for seed in range(SEEDS)]
     side_by_side([objective_training(*case) for case in cases])
     side_by_side([objective_drawing(*case) for case in [("base", "", 0), *cases]])
-    return objective_table([("base", "", 0), *cases])
+    return gain_table({case: objective_name(*case) for case in [("base", "", 0), *cases]})
 
 
-def objective_table(cases):
-    """Gains over the base, which is the first case, with 95% intervals over prompts."""
-    records = {case: rollout.read_records(ROOT / "rollouts" / objective_name(*case)) for case in cases}
+def gain_table(names):
+    """Gains over the base, which is the first of {(trained on, what, seed): name under rollouts}, with 95%
+    intervals over prompts.
+    """
+    records = {case: rollout.read_records(ROOT / "rollouts" / name) for case, name in names.items()}
+    cases = list(records)
     judges = [judge for judge in rollout.reward_names(records[cases[0]]) if judge != "composite"]
     scores = {(case, judge): rollout.score_array(of, judge) for case, of in records.items()
               for judge in judges}
-    lines = [f"| trained on | objective | seed | {' | '.join(judges)} |", "|---" * (3 + len(judges)) + "|"]
+    lines = [f"| trained on | what | seed | {' | '.join(judges)} |", "|---" * (3 + len(judges)) + "|"]
     for case in cases[1:]:
         gains = [rollout.mean_difference(scores[cases[0], judge], scores[case, judge]) for judge in judges]
         shown = [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]" for gain, low, high in gains]
         lines.append(f"| {' | '.join([*map(str, case), *shown])} |")
     return lines
+
+
+def forks(seconds=240):
+    """The patches in tests/forks against the scripts they are of, as many seconds of training each, on the
+    aesthetic and the strict reward; ReFL, which needs a gradient, on the naive one alone.
+    """
+    rewards = {"aesthetic": "aesthetic", "strict": f"strict={TINY / 'world.py'}:strict_reward"}
+    palette = f"palette={ROOT / 'tests' / 'forks' / 'palette.py'}:palette"
+    scripts = {"grpo": ROOT / "grpo.py", "nft": ROOT / "nft.py"} | {
+        patch.stem: patched(patch) for patch in sorted((ROOT / "tests" / "forks").glob("*.patch"))}
+    cases = [(reward, name, seed) for name in scripts if name != "refl" for reward in rewards
+             for seed in range(SEEDS)]
+    cases += [("palette", name, seed) for name in ("grpo", "refl") for seed in range(SEEDS)]
+    sources = rewards | {"palette": palette}
+    pilots = {case[:2]: f"reproduce-pilot-{case[0]}-{case[1]}" for case in cases}
+    # one after the other: what runs beside them must not count
+    for (reward, name), run in pilots.items():
+        finish(start(*training(str(scripts[name]), run, 0, "--reward", sources[reward], "--steps", "6")))
+    steps = {key: max(1, round(seconds / seconds_per_step(run))) for key, run in pilots.items()}
+    runs = {case: f"reproduce-fork-{case[0]}-{case[1]}-{case[2]}" for case in cases}
+    side_by_side([training(str(scripts[name]), run, seed, "--reward", sources[reward], "--steps",
+                           str(steps[reward, name])) for (reward, name, seed), run in runs.items()])
+    models = {"reproduce-fork-base": TINY / "model"} | {
+        run: ROOT / "runs" / run / "model" for run in runs.values()}
+    side_by_side([drawing(name, root, "heldout.jsonl", ["aesthetic", palette, *ORACLES], "--group-size", "2")
+                  for name, root in models.items()])
+    counts = [f"| {reward} | {name} | {count} |" for (reward, name), count in steps.items()]
+    return [*gain_table({("base", "", 0): "reproduce-fork-base"} | runs), "",
+            f"| trained on | what | steps in {seconds} s |", "|---|---|---|", *counts]
+
+
+def patched(patch):
+    """A fork's script, in a directory of its own."""
+    folder = BUILD / "forks" / patch.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("model.py", "grpo.py", "nft.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # the patch is not for the repository
+    subprocess.run(["git", "apply", str(patch)], cwd=folder, env=apart, check=True)
+    return folder / ("nft.py" if "a/nft.py" in patch.read_text() else "grpo.py")
+
+
+def seconds_per_step(run):
+    """Of a run's steps but the first, which warms up."""
+    lines = [json.loads(line) for line in (ROOT / "runs" / run / "log.jsonl").open()][1:]
+    return sum(sum(line["seconds"].values()) for line in lines) / len(lines)
 
 
 def stack(pictures, path):
@@ -447,8 +499,7 @@ def stack(pictures, path):
 
 
 PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft, "opd": opd,
-         "objective": objective,
-         "strategies": strategies}
+         "objective": objective, "strategies": strategies, "forks": forks}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
