@@ -479,7 +479,7 @@ def patched(patch):
     for name in ("model.py", "grpo.py", "nft.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "tests").symlink_to(ROOT / "tests")
-    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # the patch is not for the repository
+    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # not for the repository
     subprocess.run(["git", "apply", str(patch)], cwd=folder, env=apart, check=True)
     return folder / ("nft.py" if "a/nft.py" in patch.read_text() else "grpo.py")
 
