@@ -146,7 +146,18 @@ def lora(script):
     assert len(adapters.a) == 7 * len(base.transformer_blocks)
 
 
-EQUATIONS = {function.__name__: function for function in (awm, guard, mixgrpo, cps, dpo, refl, lora)}
+def rawsum(script):
+    scores = torch.randn(2, 3, 8) * torch.tensor([1.0, 10])[:, None, None]
+    weights = torch.tensor([[0.3], [0.7]])
+    summed = 0.3 * scores[0].double() + 0.7 * scores[1].double()
+    expected = (summed - summed.mean(1, keepdim=True)) / summed.std(1, keepdim=True, correction=0)
+    found = script.group_advantage(scores, weights.expand(2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    scores[0, 1, 4] = script.FAILED
+    assert script.group_advantage(scores, weights.expand(2, 3))[1, 4] == 0
+
+
+EQUATIONS = {function.__name__: function for function in (awm, guard, mixgrpo, cps, dpo, refl, lora, rawsum)}
 
 
 def test_every_fork_is_checked_and_says_what_it_is():
