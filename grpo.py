@@ -59,7 +59,7 @@ from model import (
     open_run, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_log, reduce_gradients,
     release, resume_command, reward_threads, sampling_settings, save_checkpoint, save_model, seat_judges,
     setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping, tiny_prompts, to_host,
-    unseat_judges, vlm_bytes, weight_bytes, write_log)
+    unseat_judges, vlm_bytes, weight_bytes, what_now, write_log)
 import torch
 from tqdm import tqdm
 
@@ -633,7 +633,8 @@ def show(run, log, bar):
     curves = {reward.name: [(line["step"], line["reward"].get(reward.name, math.nan)) for line in log]
               for reward in run.rewards}
     line_chart(run.folder / "curve.png", curves, "mean reward of the rollout", "step")
-    bar.set_postfix({name: f"{value:.3f}" for name, value in last["reward"].items()})
+    bar.set_postfix({name: f"{log[0]['reward'].get(name, math.nan):.2f} -> {value:.2f}"
+                     for name, value in last["reward"].items()})
     if last["constant_groups"] == 1:
         tqdm.write(f"step {last['step']}: no group has a preference, its scores are all equal or missing")
 
@@ -662,8 +663,8 @@ def train(run):
     """All steps; True if they were done, and the run not left before."""
     args, log = run.args, read_log(run.folder / "log.jsonl", run.start) if run.args.resume else []
     stop_gently(run.rank)
-    bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=run.rank > 0,
-               dynamic_ncols=True)
+    bar = tqdm(range(run.start, args.steps), str(run.folder), args.steps, initial=run.start, unit="step",
+               disable=run.rank > 0, dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
@@ -706,7 +707,7 @@ def finish(run):
         run.evaluator.final_table(folder, run.root, local_shards(run.policy), judges, args.eval_images,
                                  {"base": run.cfg, "trained": run.cfg})
     if run.rank == 0:
-        print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
+        what_now(folder, args)
 
 
 def main(argv=None):

@@ -2660,17 +2660,20 @@ def fold(caption, width):
 
 def round_ticks(low, high):
     """Between three and eight round numbers from `low` to `high`."""
-    wanted = (high - low) / 6
+    wanted = (high - low) / 8
     unit = 10.0 ** math.floor(math.log10(wanted))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= wanted * (1 - 1e-9))
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
-    """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}."""
+def line_chart(path, series, title, x_label, size=(720, 420), dots=False, bands=None):
+    """Save a line chart, or one of dots, as PNG. series: {name: [(x, y), ...]}; bands around them, if any:
+    {name: [(x, low, high), ...]}.
+    """
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
     series = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in series.items()}
     points = [point for line in series.values() for point in line]
+    points += [(x, y) for band in (bands or {}).values() for x, *both in band for y in both]
     if not points:
         return
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
@@ -2683,13 +2686,16 @@ def line_chart(path, series, title, x_label, size=(720, 420), dots=False):
                 box[3] - (y - low) / (high - low) * (box[3] - box[1]))
 
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
-    draw = ImageDraw.Draw(image)
+    draw = ImageDraw.Draw(image, "RGBA")  # bands are translucent
     draw.text((box[0], 8), title, fill="black", font=ImageFont.load_default(15))
     for y in round_ticks(low, high):
         draw.line((*place(left, y), *place(right, y)), fill="#e5e5e5")
         draw.text((box[0] - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
     for x in round_ticks(left, right):
         draw.text((place(x, low)[0], box[3] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
+    for name, band in (bands or {}).items():
+        upper, lower = [place(x, high) for x, _, high in band], [place(x, low) for x, low, _ in band]
+        draw.polygon([*upper, *lower[::-1]], fill=colours[list(series).index(name) % 8] + "30")
     draw.rectangle(box, outline="#888888")
     draw.text(((box[0] + box[2]) / 2, size[1] - 8), x_label, fill="black", font=font, anchor="mb")
     # then the lower right corner is free
@@ -2863,6 +2869,18 @@ def stopped(args, step, where):
     """What a run that was asked to end says last: `step` steps are trained and saved."""
     if dist.get_rank() == 0:
         print(f"stopped after {step} of {args.steps} steps; continue: {resume_command(args, where)}")
+
+
+def what_now(folder, args):
+    """The last words of a run: what it left, and how to go on."""
+    model = folder / "model"
+    if args.eval_images:
+        print(f"before, after: {folder / 'samples' / 'before_after.png'}")
+    print(f"curve:         {folder / 'curve.png'}")
+    print(f"model:         {model}\n\nnext, for example:")
+    if args.save_every:
+        print(f"  {resume_command(args, f'--name {folder.name} --steps {2 * args.steps}')}")
+    print(f"  python rollout.py --model {model} --prompts {args.eval_prompts} --name {folder.name}")
 
 
 def stop_gently(rank):

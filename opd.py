@@ -42,7 +42,7 @@ from model import (
     open_run, parse_run, plan_memory, prompt_ids, prompts_per_step, rank_share, read_config, read_log,
     reduce_gradients, release, resume_command, sample, sampling_settings, save_checkpoint, save_model,
     seat_judges, setup, shard, speed_record, stop_at_once, stop_gently, stopped, stopping, synchronize,
-    tiny_prompts, to_host, vlm_bytes, weight_bytes, write_log)
+    tiny_prompts, to_host, vlm_bytes, weight_bytes, what_now, write_log)
 import torch
 from tqdm import tqdm
 
@@ -497,8 +497,8 @@ def train(run):
     """All steps; True if they were done, and the run not left before."""
     args, log = run.args, read_log(run.folder / "log.jsonl", run.start) if run.args.resume else []
     stop_gently(run.rank)
-    bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=run.rank > 0,
-               dynamic_ncols=True)
+    bar = tqdm(range(run.start, args.steps), str(run.folder), args.steps, initial=run.start, unit="step",
+               disable=run.rank > 0, dynamic_ncols=True)
     for step in bar:
         if args.sample_every and step % args.sample_every == 0:
             gather_weights(run.frozen, local_shards(run.policy))
@@ -541,7 +541,7 @@ def finish(run):
         run.evaluator.final_table(folder, run.root, local_shards(run.policy), run.judges, args.eval_images,
                                  {"base": run.base_cfg, "student": run.cfg})
     if run.rank == 0:
-        print(f"curve: {folder / 'curve.png'}   pictures: {folder / 'samples'}   model: {folder / 'model'}")
+        what_now(folder, args)
 
 
 def main(argv=None):
