@@ -239,7 +239,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(undisturbed, three_
 
 def test_few_prompts_and_one_held_out(tmp_path, capsys):
     """Fewer prompts than a step usually takes; a table of one prompt has no interval and valid JSON; a
-    constant reward is said.
+    constant reward is said. Then what the last words name is there, and the command among them goes on.
     """
     (tmp_path / "three.txt").write_text("a red circle\na blue square\na green star\n")
     (tmp_path / "one.txt").write_text("a red circle\n")
@@ -252,6 +252,10 @@ def test_few_prompts_and_one_held_out(tmp_path, capsys):
     assert said in capsys.readouterr().err + printed
     table = json.loads((tmp_path / "runs/run/eval.json").read_text(), parse_constant=pytest.fail)
     assert table["rewards"]["r"]["interval"] is None
+    left = re.findall(r"^(?:before, after|curve|model): +(\S+)$", printed, re.M)
+    assert len(left) == 3 and all((tmp_path / path).exists() for path in left)
+    (again,) = re.findall(r"(--resume --name run --steps 2)$", printed, re.M)
+    assert "2 prompts x 2 images" in printed_by(tmp_path, "grpo.py", *again.split())
 
 
 def spoil(monkeypatch, when):
