@@ -2659,7 +2659,7 @@ def fold(caption, width):
 
 
 def round_ticks(low, high):
-    """Between three and eight round numbers from `low` to `high`."""
+    """Between three and nine round numbers from `low` to `high`."""
     wanted = (high - low) / 8
     unit = 10.0 ** math.floor(math.log10(wanted))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= wanted * (1 - 1e-9))
@@ -2880,7 +2880,8 @@ def what_now(folder, args):
     print(f"model:         {model}\n\nnext, for example:")
     if args.save_every:
         print(f"  {resume_command(args, f'--name {folder.name} --steps {2 * args.steps}')}")
-    print(f"  python rollout.py --model {model} --prompts {args.eval_prompts} --name {folder.name}")
+    print(f"  python rollout.py --model {model} --prompts {args.eval_prompts} --name "
+          f"{folder.name}-{args.steps}")
 
 
 def stop_gently(rank):

@@ -60,13 +60,16 @@ def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
         for process in started:
             process.start()
         deadline = time.monotonic() + 300
-        while any(process.is_alive() for process in started) and not any(p.exitcode for p in started):
-            assert time.monotonic() < deadline, printed.read()
-            time.sleep(0.05)
-        code = next((process.exitcode for process in started if process.exitcode), 0)
-        for process in started:  # as torchrun does: one that fails takes the others along
-            process.join(20 if code else None)
-            process.kill()
+        try:
+            while any(process.is_alive() for process in started) and not any(p.exitcode for p in started):
+                assert time.monotonic() < deadline, printed.read()
+                time.sleep(0.05)
+            code = next((process.exitcode for process in started if process.exitcode), 0)
+            for process in started:  # as torchrun does: one that fails takes the others along
+                process.join(20 if code else None)
+        finally:
+            for process in started:
+                process.kill()
         return printed.read(), code
 
 

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from runs import ORACLE, ROOT, SMALL, read_log, start_script
 
 FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.patch"))
 SCRIPT = {"awm": "nft.py", "dpo": "nft.py"}  # the others are of grpo.py
+FLAGS = {"mixgrpo": ["--window-every", 1], "dpo": ["--kl-coef", 0]}
 REWARD = {"refl": f"palette={ROOT / 'tests/forks/palette.py'}:palette"}
 
 
@@ -31,10 +33,10 @@ def fork(request, tmp_path_factory):
 def test_it_trains(fork):
     name, folder = fork
     printed, failed = start_script(folder, "--reward", REWARD.get(name, ORACLE), "--steps", 2, *SMALL,
-                                   script=folder / SCRIPT.get(name, "grpo.py"))
+                                   *FLAGS.get(name, ()), script=folder / SCRIPT.get(name, "grpo.py"))
     assert not failed, printed[-3000:]
     log = read_log(folder)
-    assert len(log) == 2 and all(line["grad_norm"][0] > 0 and not line["skipped_updates"] for line in log)
+    assert len(log) == 2 and all(min(line["grad_norm"]) > 0 and not line["skipped_updates"] for line in log)
 
 
 def patched(folder, name):
@@ -65,11 +67,13 @@ def random(*shape):
 def awm(script):
     v, v_old, target, a = random(5, 4, 3), random(5, 4, 3), random(5, 4, 3), random(5)
     v_old = v + 0.1 * v_old
-    total = 0
+    total = plain = 0
     for i in range(5):
         ratio = math.exp(((v_old[i] - target[i])**2).mean() - ((v[i] - target[i])**2).mean())
-        total -= min(ratio * a[i], min(max(ratio, 0.9), 1.1) * a[i])
-    assert script.awm_loss(v, v_old, target, a, 0.1).item() == pytest.approx(float(total))
+        total -= min(ratio * a[i], min(max(ratio, 0.99), 1.01) * a[i])
+        plain -= ratio * a[i]
+    assert script.awm_loss(v, v_old, target, a, 0.01).item() == pytest.approx(float(total))
+    assert abs(total - plain) > 1e-3  # the clip acts
 
 
 def guard(script):
@@ -85,11 +89,21 @@ def guard(script):
     loss, found = script.grpo_loss(v, v_old, z, kappa, a, 0.1, weight)
     torch.testing.assert_close(found, ratio)
     assert loss.item() == pytest.approx(expected.item())
+    # Guard's gradient of a step, z kappa_t sigma sqrt(dt) / dt, is that of z/sqrt(D) but for the weight
+    run = script.SimpleNamespace(args=script.SimpleNamespace(noise_level=0.7, printed_ratio=False), T=8, G=2,
+                                 t=torch.linspace(1, 0, 9), trained=[0, 1, 2, 3], shape=(4, 3), P=2, U=2,
+                                 device="cpu", micro_batch=8, world=1)
+    script.make_schedule(run)
+    dt = -run.t.diff()
+    guards = script.mean_shift(run.t[:-1], -dt, run.sigma) * run.sigma * dt.sqrt() / dt
+    torch.testing.assert_close(run.step_weight[:4], guards[:4] / guards[:4].mean())
 
 
 def mixgrpo(script):
-    windows = [script.window([0, 1, 2, 3], step, 15, 8) for step in (0, 14, 15, 44, 45, 1000)]
+    windows = [script.window(4, step, 15, 8) for step in (0, 14, 15, 44, 45, 1000)]
     assert windows == [[0, 1, 2, 3]] * 2 + [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6]]
+    with pytest.raises(script.UserError, match="at most 7 of 8 steps"):
+        script.window(8, 0, 15, 8)
 
 
 def cps(script):
@@ -121,6 +135,13 @@ def refl(script):
     weights = random(3, 2, 2)
     script.refl_loss(v, x, t, decode, lambda pixels: (pixels * weights).sum((1, 2, 3))).backward()
     torch.testing.assert_close(v.grad, t / 2 * weights.flatten(1).T.expand(2, 4, 3))
+    spec = importlib.util.spec_from_file_location("palette", ROOT / "tests/forks/palette.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pixels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    found = module.palette.pixels(pixels / 255)
+    torch.testing.assert_close(found, torch.tensor(module.palette(images, [""] * 3)), rtol=1e-4, atol=1e-4)
 
 
 def lora(script):
@@ -143,6 +164,10 @@ def lora(script):
     for param, merged in zip(base.parameters(), adapters.merged(names, weights, 0, 1)):
         param.data.copy_(merged)
     torch.testing.assert_close(velocity(), apart, rtol=0, atol=1e-4)
+    halves = [[weight.chunk(2)[rank] for weight in weights] for rank in (0, 1)]
+    rows = zip(*(adapters.merged(names, half, rank, 2) for rank, half in enumerate(halves)))
+    for param, two in zip(base.parameters(), rows):
+        torch.testing.assert_close(torch.cat(two), param)
     assert len(adapters.a) == 7 * len(base.transformer_blocks)
 
 
