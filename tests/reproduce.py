@@ -121,10 +121,12 @@ def first():
                 ASSETS / "grpo_before_after.png")
     logs = [(ROOT / "runs" / f"reproduce-grpo-{seed}" / "log.jsonl").read_text().splitlines()
             for seed in range(SEEDS)]
-    rewards = [[json.loads(line)["reward"]["aesthetic"] for line in log] for log in logs]
-    mean = [(step, sum(values) / SEEDS) for step, values in enumerate(zip(*rewards))]
-    model.line_chart(ASSETS / "grpo_curve.png", {f"mean of {SEEDS} seeds": mean},
-                     "aesthetic score of the rollouts", "step")
+    rewards = list(zip(*([json.loads(line)["reward"]["aesthetic"] for line in log] for log in logs)))
+    name = f"mean and range of {SEEDS} seeds"
+    model.line_chart(ASSETS / "grpo_curve.png",
+                     {name: [(step, sum(values) / SEEDS) for step, values in enumerate(rewards)]},
+                     "aesthetic score of the rollouts", "step",
+                     bands={name: [(step, min(values), max(values)) for step, values in enumerate(rewards)]})
     return lines
 
 
@@ -449,7 +451,8 @@ def forks(seconds=240):
     rewards = {"aesthetic": "aesthetic", "strict": f"strict={TINY / 'world.py'}:strict_reward"}
     palette = f"palette={ROOT / 'tests' / 'forks' / 'palette.py'}:palette"
     scripts = {"grpo": ROOT / "grpo.py", "nft": ROOT / "nft.py"} | {
-        patch.stem: patched(patch) for patch in sorted((ROOT / "tests" / "forks").glob("*.patch"))}
+        patch.stem: patched(patch, BUILD / "forks" / patch.stem)
+        for patch in sorted((ROOT / "tests" / "forks").glob("*.patch"))}
     cases = [(reward, name, seed) for name in scripts if name not in ("refl", "rawsum") for reward in rewards
              for seed in range(SEEDS)]
     cases += [("palette", name, seed) for name in ("grpo", "refl") for seed in range(SEEDS)]
@@ -471,9 +474,8 @@ def forks(seconds=240):
             f"| trained on | what | steps in {seconds} s |", "|---|---|---|", *counts]
 
 
-def patched(patch):
+def patched(patch, folder):
     """A fork's script, in a directory of its own."""
-    folder = BUILD / "forks" / patch.stem
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("model.py", "grpo.py", "nft.py"):

@@ -34,10 +34,8 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "runs" / "run" / "log.jsonl").read_text().splitlines()]
 
 
-def command(script, *arguments, processes=1, code=None):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, *(["-c", code] if code else [str(ROOT / script)]), *map(str, arguments)]
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
 def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
@@ -45,8 +43,8 @@ def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
     is not 0 if one of them failed.
     """
     if code:
-        done = subprocess.run(command(script, *arguments, code=code), cwd=folder, env=ENVIRONMENT,
-                              timeout=300, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=folder, timeout=300,
+                              env=ENVIRONMENT, capture_output=True, text=True)
         return done.stdout + done.stderr, done.returncode
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,47 +4,41 @@ says, in a second form.
 
 import importlib.util
 import math
-import shutil
-import subprocess
 import sys
 
 import pytest
+import reproduce
 import torch
 from PIL import Image
 from runs import ORACLE, ROOT, SMALL, read_log, start_script
 
 FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.patch"))
-SCRIPT = {"awm": "nft.py", "dpo": "nft.py"}  # the others are of grpo.py
 FLAGS = {"mixgrpo": ["--window-every", 1], "dpo": ["--kl-coef", 0]}
 REWARD = {"refl": f"palette={ROOT / 'tests/forks/palette.py'}:palette"}
 
 
 @pytest.fixture(scope="module", params=FORKS)
 def fork(request, tmp_path_factory):
-    """The name of a fork, and a directory with the patched scripts."""
-    folder = tmp_path_factory.mktemp(request.param)
-    for name in ("model.py", "grpo.py", "nft.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "tests").symlink_to(ROOT / "tests")
-    subprocess.run(["git", "apply", str(ROOT / f"tests/forks/{request.param}.patch")], cwd=folder, check=True)
-    return request.param, folder
+    """The name of a fork, and its script."""
+    patch = ROOT / f"tests/forks/{request.param}.patch"
+    return request.param, reproduce.patched(patch, tmp_path_factory.mktemp("forks") / request.param)
 
 
 def test_it_trains(fork):
-    name, folder = fork
-    printed, failed = start_script(folder, "--reward", REWARD.get(name, ORACLE), "--steps", 2, *SMALL,
-                                   *FLAGS.get(name, ()), script=folder / SCRIPT.get(name, "grpo.py"))
+    name, script = fork
+    printed, failed = start_script(script.parent, "--reward", REWARD.get(name, ORACLE), "--steps", 2, *SMALL,
+                                   *FLAGS.get(name, ()), script=script)
     assert not failed, printed[-3000:]
-    log = read_log(folder)
+    log = read_log(script.parent)
     assert len(log) == 2 and all(min(line["grad_norm"]) > 0 and not line["skipped_updates"] for line in log)
 
 
-def patched(folder, name):
-    """A script of a fork as a module, with the fork's own model.py."""
+def imported(script):
+    """A fork's script as a module, with the fork's own model.py."""
     before = sys.modules.pop("model")
     try:
-        for part in ("model", name):
-            spec = importlib.util.spec_from_file_location(part, folder / f"{part}.py")
+        for part in ("model", script.stem):
+            spec = importlib.util.spec_from_file_location(part, script.with_name(f"{part}.py"))
             module = importlib.util.module_from_spec(spec)
             if part == "model":
                 sys.modules["model"] = module
@@ -55,9 +49,9 @@ def patched(folder, name):
 
 
 def test_its_equation(fork):
-    name, folder = fork
+    name, script = fork
     torch.manual_seed(0)
-    EQUATIONS[name](patched(folder, SCRIPT.get(name, "grpo.py")[:-3]))
+    EQUATIONS[name](imported(script))
 
 
 def random(*shape):
@@ -189,7 +183,7 @@ def test_every_fork_is_checked_and_says_what_it_is():
     assert set(EQUATIONS) == set(FORKS)
     for name in FORKS:
         header, _, patch = (ROOT / f"tests/forks/{name}.patch").read_text().partition("\ndiff --git")
-        assert len(header.splitlines()) <= 12
+        assert len(header.splitlines()) <= 12 and max(map(len, header.splitlines())) <= 115
         assert all(word in header for word in ("Paper:", "Equation:", "Changes:", "Found:", "Use: git apply"))
         changed = [line for line in patch.splitlines()
                    if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]

@@ -16,7 +16,8 @@ import pytest
 import grpo
 from model import UserError
 from runs import (
-    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log, run_script)
+    ENVIRONMENT, ORACLE, ROOT, SMALL, assert_same_bits, checkpoint, command, printed_by, read_log,
+    run_script, start_script)
 
 BOTH = pytest.mark.parametrize("script", ["grpo.py", "nft.py"])
 EVERY_STEP = ["--save-every", "1"]
@@ -187,9 +188,9 @@ def test_ctrl_c_ends_soon_and_the_printed_command_goes_on_to_the_same_bits(undis
     assert process.returncode == (130 if phase == "table" else 0) and steps == {"rollout": 2, "scoring": 1,
                                                                                 "update": 2,
                                                                                 "table": 4}[phase]
-    done = subprocess.run([sys.executable, *again[1].split()], cwd=tmp_path, env=ENVIRONMENT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "8 held-out prompts x 1 images" in done.stdout, done.stderr
+    script, *resume = again[1].split()
+    printed, failed = start_script(tmp_path, *resume, script=tmp_path / script)
+    assert not failed and "8 held-out prompts x 1 images" in printed, printed
     assert_same_bits(checkpoint(undisturbed("grpo.py")), checkpoint(tmp_path))
 
 
