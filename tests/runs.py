@@ -21,12 +21,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library: what i
 import model
 import torch
 import torch.distributed as dist
+import transformers.models.auto.modeling_auto  # (all that the scripts will import)
+import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
 SMALL = ["--group-size", "4", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4",
          "--name", "run"]
+gc.freeze()  # no collection walks what was imported
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
