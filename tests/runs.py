@@ -21,15 +21,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library: what i
 import model
 import torch
 import torch.distributed as dist
-import transformers.models.auto.modeling_auto  # (all that the scripts will import)
-import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = f"aesthetic={ROOT / 'tests/tiny/world.py'}:aesthetic_reward"
 SMALL = ["--group-size", "4", "--eval-images", "0", "--sample-every", "0", "--prompts-per-step", "4",
          "--name", "run"]
-gc.freeze()  # no collection walks what was imported
+# what the scripts import when they need it; here at once, so that no garbage collection walks it
+LATE = ["transformers.models.auto.modeling_auto", "transformers.models.qwen3_vl.modeling_qwen3_vl"]
+for late in LATE:
+    importlib.import_module(late)
+gc.freeze()
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -77,8 +79,7 @@ def start_script(folder, *arguments, script="grpo.py", processes=1, code=None):
 # What torchrun starts, without the seconds that imports take: a process that has them is forked. That
 # torchrun itself starts the scripts, the README's commands show.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["model", "transformers.models.auto.modeling_auto",
-                              "transformers.models.qwen3_vl.modeling_qwen3_vl"])
+FORKS.set_forkserver_preload(["model", *LATE])
 
 
 def as_main(folder, script, arguments, printed, environment):
