@@ -1443,6 +1443,7 @@ class Sampler:
 
     def drop(self):
         """Give the memory of buffers and graphs back; the next call captures anew."""
+        synchronize(self.arena.device)  # else a graph's memory is unmapped while its replays run
         self.entries.clear()
         self.pool, self.arena = None, self.arena.new_empty(0)
         free_memory()

@@ -47,6 +47,13 @@ def test_graph_equals_eager_bit_for_bit(network):
     assert not graph.entries and torch.equal(sample(graph, 5), sample(eager, 5))
 
 
+def test_a_sampler_may_go_while_its_replays_run(network):
+    """The next one's graphs take its memory; nothing here waits for the GPU before that."""
+    images = [sample(model.Sampler(network, graphs=True), length) for length in range(4, 12)]
+    eager = [sample(model.Sampler(network, graphs=False), length) for length in range(4, 12)]
+    assert all(map(torch.equal, images, eager))
+
+
 def test_a_thread_may_use_the_gpu_while_a_graph_is_captured(network):
     done, failed = threading.Event(), []
 
