@@ -855,7 +855,9 @@ def free_memory():
     frees.
     """
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing without CUDA
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # expandable segments wait for one stream only before they are unmapped
+        torch.cuda.empty_cache()
 
 
 # ---- 3. the model family -----------------------------------------------------------------------------------
@@ -1439,6 +1441,8 @@ class Sampler:
 
     def __init__(self, model, graphs, longest=0, cudnn=False):
         self.model, self.graphs, self.longest, self.cudnn = model, graphs, longest, cudnn
+        # its own: with a graph torch frees the cuBLAS workspace of all that were captured on its stream
+        self.stream = torch.cuda.Stream() if graphs else None
         self.entries, self.pool, self.arena = {}, None, next(model.parameters()).new_empty(0)
 
     def drop(self):
@@ -1531,9 +1535,11 @@ class Sampler:
             buffer.index.copy_(torch.tensor(places))
 
     def capture(self, b):
-        """denoise_step on these buffers as a graph; a reward thread may use CUDA meanwhile."""
+        """denoise_step on these buffers as a graph; a reward thread may use CUDA meanwhile, but not wait for
+        the whole device.
+        """
         graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             denoise_step(self.model, b)
         return graph
 
@@ -1693,6 +1699,7 @@ class Reward:
             if not self.traceback_shown:  # one is enough
                 traceback.print_exception(error)
             self.traceback_shown = True
+            error.__traceback__ = error.__context__ = error.__cause__ = None  # frames keep a judge's memory
         for i, score in zip(asked, scores):
             if score is not None:
                 bad = isinstance(score, BaseException) or not abs(score) < 1e30
@@ -2729,6 +2736,9 @@ class StopTraining(Exception):
     """
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def command_line(main):
     """A script's main as a process. A UserError or a full disk ends it with code 2 and a message, once for
     all ranks; any other exception is a bug and keeps its traceback."""
@@ -2738,16 +2748,20 @@ def command_line(main):
         gc.collect()  # no FSDP module may outlive the process group
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        code = 2
-        if is_first(str(error)):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
         if is_first("interrupted"):
             print("interrupted", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, UserError) or getattr(error, "errno", 0) in DISK_FULL:
+            code = 2
+            if is_first(str(error)):
+                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        elif dist.is_initialized() and dist.get_world_size() > 1:
+            code = 1  # at once: the others wait for this rank, which must not wait for its queued rewards
+            traceback.print_exc()
+        else:
+            raise
     sys.stdout.flush()
     sys.stderr.flush()
     if code or STOP.is_set():
@@ -3059,7 +3073,8 @@ class Evaluator:
         scores = scores.view(len(found), len(self.ids), number).transpose(0, 1)         # (prompts, K, number)
         notes = ["\n".join(f"{reward.name} {score:.2f}" for reward, score in zip(rewards[:2], row)
                            if math.isfinite(score)) for row in scores[:, :, 0].tolist()]
-        shown = self.shown(images[::number], notes)
+        few = sum(i < self.SHOWN for i in self.ids)
+        shown = self.shown(images[::number][:few], notes[:few])
         scores = torch.tensor(self.gather(list(zip(self.ids, scores.tolist())))).transpose(0, 1)
         return scores, shown
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import model
@@ -323,6 +324,30 @@ def test_a_user_error_is_a_line_and_a_bug_a_traceback(folder, processes):
         printed, code = start_script(folder, code=full)
         assert code == 2 and printed.endswith("[Errno 28] No space left: 'log.jsonl'\n")
         assert "Traceback" not in printed
+
+
+A_BUG = """
+import concurrent.futures, time
+import model, torch.distributed as dist
+
+def main():
+    rank, _, _ = model.setup()
+    if rank:
+        queue = concurrent.futures.ThreadPoolExecutor(1)
+        queue.submit(time.sleep, 100)
+        raise RuntimeError("a bug")
+    dist.barrier()
+
+if __name__ == "__main__":
+    model.command_line(main)
+"""
+
+
+def test_a_rank_with_a_bug_does_not_finish_its_queue_while_the_others_wait(tmp_path):
+    (tmp_path / "script.py").write_text(A_BUG)
+    began = time.monotonic()
+    printed, code = start_script(tmp_path, script=tmp_path / "script.py", processes=2)
+    assert code == 1 and printed.count("RuntimeError: a bug") == 1 and time.monotonic() - began < 60
 
 
 # Pictures

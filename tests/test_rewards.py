@@ -2,6 +2,7 @@
 grpo.py waits.
 """
 
+import gc
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import permutations, product
 from pathlib import Path
@@ -424,10 +426,8 @@ def test_a_function_may_ask_for_records_and_import_its_neighbours(tmp_path):
                                       "records]\nscore.range = 0, 10\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": 4}\n')
     (reward,) = model.load_rewards([f"mine={tmp_path / 'asks.py'}:score"], make.OUT)
-    assert reward([grey(0)] * 2, model.load_prompts(tmp_path / "p.jsonl")) == [(3.0, ""),
-                                                                               (8.0,
-                                                                                "")] and reward.range == (0,
-                                                                                                          10)
+    found = reward([grey(0)] * 2, model.load_prompts(tmp_path / "p.jsonl"))
+    assert found == [(3.0, ""), (8.0, "")] and reward.range == (0, 10)
 
 
 def test_the_first_error_of_a_function_keeps_its_traceback(capsys):
@@ -435,6 +435,23 @@ def test_the_first_error_of_a_function_keeps_its_traceback(capsys):
     for _ in range(3):
         reward([grey(0)], [model.Request("x")])
     assert capsys.readouterr().err.count("ZeroDivisionError: division by zero") == 1
+
+
+def test_a_failure_lets_go_of_what_its_frames_held():
+    """Such as a judge's activations after it ran out of GPU memory; before any garbage collection."""
+    held = []
+
+    def score(images, prompts, sources):
+        activations = np.zeros(10)
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    gc.disable()
+    try:
+        ((value, why),) = model.Reward("mine", 1.0, "", score)([grey(0)], [model.Request("x")])
+        assert math.isnan(value) and "MemoryError" in why and held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_of_categories_that_no_prompt_has_are_said(capsys):
