@@ -1440,6 +1440,8 @@ class Sampler:
     """
 
     def __init__(self, model, graphs, longest=0, cudnn=False):
+        if graphs and not torch.cuda.is_available():
+            raise UserError("--graph needs a CUDA GPU")
         self.model, self.graphs, self.longest, self.cudnn = model, graphs, longest, cudnn
         # its own: with a graph torch frees the cuBLAS workspace of all that were captured on its stream
         self.stream = torch.cuda.Stream() if graphs else None

@@ -326,6 +326,12 @@ def test_a_user_error_is_a_line_and_a_bug_a_traceback(folder, processes):
         assert "Traceback" not in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same flag works on a GPU")
+def test_a_graph_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(model.UserError, match="--graph needs a CUDA GPU"):
+        run_here(tmp_path, "rollout.py", "a red circle on a white background", "--graph")
+
+
 A_BUG = """
 import concurrent.futures, time
 import model, torch.distributed as dist
