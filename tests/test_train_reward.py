@@ -627,6 +627,8 @@ def test_patches_meet_a_matrix_as_they_meet_the_convolution():
         grads = [torch.autograd.grad(module(x).square().sum(), module.parameters())
                  for module in (product, convolution)]
         torch.testing.assert_close(*grads)
+    product[0]._conv_forward = None  # no patch comes there
+    product(torch.randn(20, 3, 2, 4, 4, dtype=torch.float64))
     vlm = model.load_vlm(make.OUT / "text_encoder", "cpu", torch.float32)
     assert vlm.model.visual.patch_embed.proj.forward.func is model.patch_product
 
