@@ -663,13 +663,17 @@ def make_scores():
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
 
 
-def reasoning(prompt, image, source=None):
-    """What a scorer says before its score: what it sees and, of an edit, what was there and what was asked"""
+def reasoning(reward, prompt, image, source=None):
+    """What a scorer says before its score: what it sees; of an edit, what was there and what was asked before
+    it; and what else changed, where that counts.
+    """
     seen = world.describe(world.read(image))
     if source is None:
         return seen
     before = world.read(source)
-    return f"{world.describe(before)}; asked {world.describe(world.edited(before, prompt))}; seen {seen}"
+    after = world.edited(before, prompt)
+    also = f"; {world.changes(source, image, before, after)}" if reward == "consistency" else ""
+    return f"{world.describe(before)}; asked {world.describe(after)}; seen {seen}{also}"
 
 
 def write_scores(name, part, rows, rule):
@@ -684,7 +688,7 @@ def write_scores(name, part, rows, rule):
             record["source"] = sources.setdefault(source[0].tobytes(), f"{name}/{part}/{i:05d}-source.png")
             source[0].save(BUILD / record["source"])
         if name in ("alignment", "instruction", "consistency"):
-            record["reasoning"] = reasoning(prompt, image, *source)
+            record["reasoning"] = reasoning(name, prompt, image, *source)
         records.append(record | {"score": round(rule([image], [prompt], [source])[0], 3)})
     write_lines(BUILD / f"{name}-{part}.jsonl", records)
 

@@ -636,14 +636,30 @@ def _spread(values: np.ndarray, distance: int) -> np.ndarray:
     return values
 
 
-def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
-    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches and 3 pixels around it, at least 0
-    """
+def _outside(source_image: Image.Image, output_image: Image.Image, source: Scene,
+             target: Scene) -> np.ndarray:
+    """What differs (n, 3) in 0..1, outside the region that the edit touches and 3 pixels around it"""
     touched = _spread(np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8, 3)
-    if touched.all():
-        return 1.0
-    difference = (_pixels(source_image) - _pixels(output_image))[~touched] / 255
-    return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean())))
+    return (_pixels(source_image) - _pixels(output_image))[~touched] / 255
+
+
+def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
+    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches, at least 0"""
+    difference = _outside(source_image, output_image, source, target)
+    return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean()))) if len(difference) else 1.0
+
+
+def changes(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> str:
+    """What `consistency` comes from, in words: how far objects moved, and colours outside the edit"""
+    seen, layout = read(output_image), "wrong"
+    if len(seen.items) == len(target.items):
+        moved = min(max(math.hypot(a.x - b.x, a.y - b.y) for a, b in zip(order, target.items, strict=True))
+                    for order in itertools.permutations(seen.items))
+        layout = "preserved" if moved < 2 else "moved" if moved < 9 else "wrong"
+    difference = np.abs(_outside(source_image, output_image, source, target))
+    shift = float(np.median(difference.max(-1))) if len(difference) else 0.0
+    colors = "preserved" if shift < 0.03 else "faded" if shift < 0.25 else "wrong"
+    return f"layout {layout}, colours {colors}"
 
 
 def portrait(image: Image.Image) -> float:
