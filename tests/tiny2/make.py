@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from math import nan
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -278,6 +279,7 @@ def make_vlm(steps=700):
         bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}",
                         edit=f"{foresee.item():.3f}")
     vlm.to(torch.bfloat16).save_pretrained(OUT / "text_encoder")
+    return f"loss of captions {large.item():.3f}, repeated {repeat.item():.3f}, of edits {foresee.item():.3f}"
 
 
 # Reader: the text encoder goes on to say what it sees, as large as the reward models see it
@@ -324,6 +326,7 @@ def make_reader(steps=1200, batch=32):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}")
     vlm.to(torch.bfloat16).save_pretrained(BUILD / "reader")
+    return f"loss {running:.3f}"
 
 
 # VAE
@@ -352,8 +355,7 @@ def make_vae(steps=3500, batch=16):
                   "latents_std": latents.std((0, 2, 3)).tolist()}
     vae.config = vae.config | statistics
     x = held_out / 127.5 - 1
-    print(f"held-out PSNR "
-          f"{10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3))).mean():.2f} dB")
+    psnr = 10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3)))
     unused = {}  # a video model's checkpoint carries these; one frame never meets them
     for side, blocks, factor in (("encoder.down_blocks", (1, 2, 3), 1), ("decoder.up_blocks", (0, 1, 2), 2)):
         for block in blocks:
@@ -365,6 +367,7 @@ def make_vae(steps=3500, batch=16):
                                                                           dtype=torch.bfloat16)
     save_bf16(vae, OUT / "vae" / "diffusion_pytorch_model.safetensors", unused)
     write_json(OUT / "vae" / "config.json", VAE | statistics)
+    return f"held-out PSNR {psnr.mean():.2f} dB"
 
 
 # Flow transformer: Eq. 2 on text-to-image and on edits
@@ -625,7 +628,7 @@ def make_scores():
                        for name in ("prompts.jsonl", "heldout.jsonl"))
     faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"]
                              for prompts in (train, held_out))
-    samples, tests = base_samples(train, 12, SEED), base_samples(held_out, 4, SEED + 1)
+    samples, tests = base_samples(train, 16, SEED), base_samples(held_out, 4, SEED + 1)
     drawn = drawn_samples(rng, 3000)
     instructions, sources = edit_sources(rng, 600, BUILD / "sources")
     other_instructions, other_sources = edit_sources(np.random.default_rng(SEED + 5), 200,
@@ -661,6 +664,7 @@ def make_scores():
         (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
         (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
+    return ", ".join(f"{len(read_lines(BUILD / f'{name}-train.jsonl'))} to train {name}" for name in REWARDS)
 
 
 def reasoning(reward, prompt, image, source=None):
@@ -733,8 +737,8 @@ def make_reward(name):
         for reward in tests:
             write_json(OUT / "rewards" / reward / "reward.json", {"weights": "../edit"})
     found = json.loads((out / "reward.json").read_text())["held_out"]
-    return ", ".join(f"{Path(path).stem} {figures['srcc']:.3f}/{figures['group_srcc']:.3f}"
-                     for path, figures in found.items())
+    return ", ".join(f"{Path(path).stem} {of['srcc']:.3f}, in groups {of.get('group_srcc', nan):.3f}"
+                     for path, of in found.items())
 
 
 # All of it
