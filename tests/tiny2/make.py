@@ -477,8 +477,8 @@ EDITABLE = {"background": world.KINDS, "color": world.KINDS, "shape": ("single",
 
 
 def make_prompts(held_out_edits=24, edits=28):
-    """Prompt files, `edits` of each kind (52 moods can change). What is held out is nowhere trained on,
-    in other words neither.
+    """Prompt files, `edits` of each kind (52 moods can change). No policy is trained on what is held out, in
+    other words neither; the base and the reward models see all captions, with other pictures.
     """
     rng = np.random.default_rng(SEED + 1)
     captions, held_out, training = {}, [], []
@@ -541,7 +541,8 @@ def base_samples(prompts, per_prompt, seed, sources=None, scales=(1.0, 2.0, 3.5)
                                  64)
         samples += [(p, image.convert("RGB")) for chunk, batch, _ in batches
                     for (_, p, _), image in zip(chunk, batch)]
-    return [(prompts[p], image, *([Image.open(sources[p])] if sources else [])) for p, image in samples]
+    before = [[Image.open(path).convert("RGB")] for path in sources] if sources else [[]] * len(prompts)
+    return [(prompts[p], image, *before[p]) for p, image in samples]
 
 
 def drawn_samples(rng, count):
@@ -737,7 +738,7 @@ def make_reward(name):
         for reward in tests:
             write_json(OUT / "rewards" / reward / "reward.json", {"weights": "../edit"})
     found = json.loads((out / "reward.json").read_text())["held_out"]
-    return ", ".join(f"{Path(path).stem} {of['srcc']:.3f}, in groups {of.get('group_srcc', nan):.3f}"
+    return ", ".join(f"{Path(path).stem} {of['srcc'] or nan:.3f}, in groups {of['group_srcc'] or nan:.3f}"
                      for path, of in found.items())
 
 

@@ -456,7 +456,8 @@ def _read_form(mask: np.ndarray) -> str:
     overlap = (TEMPLATES & outline).sum((1, 2)) / (TEMPLATES | outline).sum((1, 2))
     form = FORMS[overlap.argmax()]
     good = overlap.max() > (0.7 if form in SHAPES else 0.55)
-    return form if good and 0.5 < (right - left) / (bottom - top) < 2 else ""
+    fits = max(right - left, bottom - top) < 0.9 * SIZE  # what fills the picture is no object
+    return form if good and fits and 0.5 < (right - left) / (bottom - top) < 2 else ""
 
 
 def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray, skin: str) -> tuple[str, str] | None:
@@ -520,6 +521,8 @@ def read(image: Image.Image) -> Scene:
         most = PALETTE_NAMES[counts.argmax()]
         color = most if counts.max() > 0.7 * counts.sum() else ""
         form, top, bottom, left, right = _read_form(mask), *_box(mask)
+        if form in SHAPES and _components(inside & (labels != counts.argmax()), smallest=16):
+            form = ""  # something else within, as in a face that is not whole
         if most in EYES and (face := _read_face(pixels, labels, mask, most)):
             form, color, (mood, eyes) = "face", most, face
         items.append(Item(form, color, (left + right) / 2, (top + bottom) / 2, (bottom - top) / 2,
@@ -555,7 +558,7 @@ def _match(seen: Scene, asked: Scene) -> tuple[bool, bool, float]:
               max(0.0, 1 - abs(len(seen.items) - wanted) / wanted)]
     if asked.kind == "face":
         common += [float(seen.mood == asked.mood), float(seen.eyes == asked.eyes)]
-    orders = itertools.permutations(seen.items[: wanted + 1], min(wanted, len(seen.items)))
+    orders = itertools.permutations(seen.items[:6], min(wanted, len(seen.items)))
     objects, share = max(map(judge, orders))  # the order that makes most of the objects, then of the rest
     return share == 1, objects, share
 
@@ -586,8 +589,8 @@ def aesthetic(image: Image.Image) -> float:
 
     Sharpness is the share of an edge's contrast (over 7 pixels) that it covers within 3 pixels, averaged over
     all edges. Purity falls with the distance to the palette away from edges, averaged over background and
-    objects separately. Neither depends on how large or how many the objects are. Without edges there is
-    nothing in the picture: 0.
+    objects separately. Neither depends on how large or how many the objects are. Without edges, or with next
+    to nothing else, there is nothing in the picture: 0.
     """
     pixels = _pixels(image)
     labels, distance = _nearest(pixels)
@@ -596,7 +599,8 @@ def aesthetic(image: Image.Image) -> float:
         differs = np.diff(labels, axis=axis) != 0
         edge |= np.pad(differs, [(0, 1) if a == axis else (0, 0) for a in (0, 1)])
         edge |= np.pad(differs, [(1, 0) if a == axis else (0, 0) for a in (0, 1)])
-    if not edge.any():
+    flat = ~_spread(edge, 1)
+    if not edge.any() or flat.mean() < 0.2:
         return 0.0
 
     padded = np.pad(pixels, ((3, 3), (3, 3), (0, 0)), mode="edge")
@@ -613,7 +617,6 @@ def aesthetic(image: Image.Image) -> float:
     sharpness = _spread(steepness, 1)[edge].mean()
 
     ground = labels == np.bincount(labels.ravel()).argmax()
-    flat = ~_spread(edge, 1)
     impurity = np.mean([np.sqrt(np.square(distance[area & flat if (area & flat).any() else area]).mean())
                         for area in (ground, ~ground)])
     something = min(1.0, edge.sum() / 40)  # a few stray pixels are no picture
@@ -638,8 +641,11 @@ def _spread(values: np.ndarray, distance: int) -> np.ndarray:
 
 def _outside(source_image: Image.Image, output_image: Image.Image, source: Scene,
              target: Scene) -> np.ndarray:
-    """What differs (n, 3) in 0..1, outside the region that the edit touches and 3 pixels around it"""
-    touched = _spread(np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8, 3)
+    """What differs (n, 3) in 0..1, outside the region that the edit touches and 3 pixels around it (1 where
+    it touches the background, or nothing would be left of a letter)
+    """
+    changed = np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8
+    touched = _spread(changed, 1 if source.background != target.background else 3)
     return (_pixels(source_image) - _pixels(output_image))[~touched] / 255
 
 
