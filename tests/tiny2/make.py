@@ -718,7 +718,7 @@ REWARDS = {  # directory: (training data, rewards it serves, steps)
     "aesthetic": ("aesthetic", ["aesthetic"], 2200),
     "alignment": ("alignment", ["alignment"], 3000),
     "portrait": ("portrait", ["portrait"], 900),
-    "edit": ("edit", ["instruction", "consistency"], 3000)}
+    "edit": ("edit", ["instruction", "consistency"], 2200)}
 
 
 def make_reward(name):
