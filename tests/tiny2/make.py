@@ -754,9 +754,13 @@ ORDER = (  # chains of stages side by side, one core each
 CORES = 2  # how many threads a stage has decides its bits
 
 
+UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "edit-train.jsonl"}  # not in git: made again in a clone
+
+
 def run_stage(name, threads):
-    """A stage as a process of its own, unless the log names it."""
-    if LOG.exists() and any(line.startswith(f"{name}: ") for line in LOG.read_text().splitlines()):
+    """A stage as a process of its own, unless the log names it and what it made is there."""
+    named = LOG.exists() and any(line.startswith(f"{name}: ") for line in LOG.read_text().splitlines())
+    if named and UNKEPT.get(name, LOG).exists():
         return
     subprocess.run([sys.executable, __file__, "--only", name], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": str(threads)})

@@ -588,7 +588,7 @@ def aesthetic(image: Image.Image) -> float:
     """How clean a picture is, in [0, 1], whatever it shows: sharpness of its edges times purity of its areas.
 
     Sharpness is the share of an edge's contrast (over 7 pixels) that it covers within 3 pixels, averaged over
-    all edges. Purity falls with the distance to the palette away from edges, averaged over background and
+    all edges. Purity falls with the rms distance to the palette away from edges, averaged over background and
     objects separately. Neither depends on how large or how many the objects are. Without edges, or with next
     to nothing else, there is nothing in the picture: 0.
     """
