@@ -754,7 +754,7 @@ ORDER = (  # chains of stages side by side, one core each
 CORES = 2  # how many threads a stage has decides its bits
 
 
-UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "edit-train.jsonl"}  # by git: made again in a clone
+UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "edit-train.jsonl"}  # not in git
 
 
 def run_stage(name, threads):
