@@ -641,7 +641,8 @@ def make_scores():
         "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward,
         "portrait": world.portrait_reward,
         "instruction": world.instruction_reward, "consistency": world.consistency_reward}
-    edits = {"train": edit_samples(rng, 5000) + edited, "drawn": edit_samples(rng, 400),
+    edits = {"train": edit_samples(rng, 5000) + edited + edit_samples(np.random.default_rng(SEED + 8), 15000),
+             "drawn": edit_samples(rng, 400),
              "samples": base_samples(other_instructions, 8, SEED + 1, other_sources)}
     data = {
         "aesthetic": {"train": samples + spoiled + drawn + drawn_samples(rng, 4000),
@@ -656,8 +657,6 @@ def make_scores():
         for part, rows in parts.items():
             write_scores(name, part, rows, rules[name])
     write_pairs(rng, read_lines(BUILD / "aesthetic-train.jsonl")[:len(samples) + len(spoiled)])
-    both = [(BUILD / f"{name}-train.jsonl").read_text() for name in ("instruction", "consistency")]
-    (BUILD / "edit-train.jsonl").write_text("".join(both))
     examples = []
     for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
         examples += [json.loads(line)
@@ -671,15 +670,16 @@ def make_scores():
 
 def reasoning(reward, prompt, image, source=None):
     """What a scorer says before its score: what it sees; of an edit, what was there and what was asked before
-    it; and what else changed, where that counts.
+    it, or what else changed.
     """
-    seen = world.describe(world.read(image))
+    seen = world.read(image)
     if source is None:
-        return seen
+        return world.describe(seen)
     before = world.read(source)
     after = world.edited(before, prompt)
-    also = f"; {world.changes(source, image, before, after)}" if reward == "consistency" else ""
-    return f"{world.describe(before)}; asked {world.describe(after)}; seen {seen}{also}"
+    if reward == "consistency":
+        return world.changes(source, image, before, after)
+    return f"{world.describe(before)}; asked {world.describe(after)}; seen {world.describe(seen)}"
 
 
 def write_scores(name, part, rows, rule):
@@ -714,30 +714,23 @@ def write_pairs(rng, records, per_prompt=24):
     write_lines(BUILD / "aesthetic-pairs.jsonl", pairs)
 
 
-REWARDS = {  # directory: (training data, rewards it serves, steps)
-    "aesthetic": ("aesthetic", ["aesthetic"], 2200),
-    "alignment": ("alignment", ["alignment"], 3000),
-    "portrait": ("portrait", ["portrait"], 900),
-    "edit": ("edit", ["instruction", "consistency"], 2200)}
+REWARDS = {"aesthetic": 2200, "alignment": 3000, "portrait": 900, "instruction": 1800,
+           "consistency": 2000}  # steps
 
 
 def make_reward(name):
     """A scorer that starts from the reader, or goes on where it was interrupted. Returns its rank
     correlations, over all pictures and within groups.
     """
-    data, tests, steps = REWARDS[name]
     out = OUT / "rewards" / name
     model.remove(out)
     resume = ["--resume"] if Path(f"{out}.part").exists() else []
     subprocess.run([
-        sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], *resume,
+        sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, *resume,
         "--base", str(BUILD / "reader"), "--processor", str(OUT / "processor"),
-        "--data", str(BUILD / f"{data}-train.jsonl"),
-        "--eval-data", *(str(BUILD / f"{test}-{part}.jsonl") for test in tests for part in PARTS),
-        "--out", str(out), "--pixels", str(SCORER_PIXELS), "--steps", str(steps)], check=True)
-    if name == "edit":
-        for reward in tests:
-            write_json(OUT / "rewards" / reward / "reward.json", {"weights": "../edit"})
+        "--data", str(BUILD / f"{name}-train.jsonl"),
+        "--eval-data", *(str(BUILD / f"{name}-{part}.jsonl") for part in PARTS),
+        "--out", str(out), "--pixels", str(SCORER_PIXELS), "--steps", str(REWARDS[name])], check=True)
     found = json.loads((out / "reward.json").read_text())["held_out"]
     return ", ".join(f"{Path(path).stem} {of['srcc'] or nan:.3f}, in groups {of['group_srcc'] or nan:.3f}"
                      for path, of in found.items())
@@ -750,11 +743,11 @@ STAGES = {"vlm": make_vlm, "reader": make_reader, "prompts": make_prompts, "vae"
 ORDER = (  # chains of stages side by side, one core each
     (("vlm", "prompts", "reader"), ("vae",)),
     (("flow", "base", "scores"),),
-    (("aesthetic", "alignment"), ("portrait", "edit")))
+    (("aesthetic", "alignment"), ("portrait", "instruction", "consistency")))
 CORES = 2  # how many threads a stage has decides its bits
 
 
-UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "edit-train.jsonl"}  # not in git
+UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "aesthetic-pairs.jsonl"}  # not in git
 
 
 def run_stage(name, threads):
