@@ -79,7 +79,7 @@ def parse_args(argv=None):
         help="prompts of the sample pictures and of the final table (default: the tiny world's)")
     add("--name", type=directory_name,
         help="directory under runs/ (default: made from rewards, seed and a number)")
-    add("--steps", type=bounded(int, 1), default=45, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=bounded(int, 1), default=30, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=bounded(int, 0, 10**12), default=0,
         help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
@@ -87,7 +87,7 @@ def parse_args(argv=None):
              "%(default)s)")
     add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
         help="between sample pictures, 0 for none (default: %(default)s)")
-    add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
+    add("--eval-images", type=bounded(int, 0), default=300, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("rewards").add_argument

@@ -78,7 +78,7 @@ def parse_args(argv=None):
              "%(default)s)")
     add("--sample-every", type=bounded(int, 0), default=20, metavar="STEPS",
         help="between sample pictures, 0 for none (default: %(default)s)")
-    add("--eval-images", type=bounded(int, 0), default=450, metavar="N",
+    add("--eval-images", type=bounded(int, 0), default=300, metavar="N",
         help="held-out images in the final table, 0 for no table (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run --name from its last checkpoint")
     add = parser.add_argument_group("teachers").add_argument

@@ -1,19 +1,18 @@
 """Make the README's numbers and pictures; every part prints its table and writes its pictures, if it has any,
 into assets/.
 
-    python tests/reproduce.py first        # the first command in three seeds: 20 minutes
-    python tests/reproduce.py paradigms    # Sec. 3.1, Fig. 2: pointwise against pairwise rewards: 30 minutes
-    python tests/reproduce.py curation     # Sec. 4.2: curated against uncurated prompts: an hour
-    python tests/reproduce.py nft          # DiffusionNFT on one reward, on several, on edits: 45 minutes
-    python tests/reproduce.py opd          # Sec. 4.3: teachers, Mix-RL, the distilled student: an hour
-    python tests/reproduce.py objective    # Eq. 6: weights and number of steps, noise, KL: two hours
-    python tests/reproduce.py strategies   # Sec. 4.1, 4.2, Fig. 3: CFG strategies, timesteps: an hour
+    python tests/reproduce.py first        # the first command: its time, three seeds of it, picture and curve
+    python tests/reproduce.py strict       # a reward that is exact, by both algorithms: an hour
+    python tests/reproduce.py chain        # the README's chain, its time and what its student keeps: an hour
     python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time: three hours
 
-Trainings of strategies, objective, opd and the several rewards of nft run side by side, one for every core.
+Trainings run side by side, one for every core. What is done already, in this or an earlier call, is not done
+again; directories are named after the base, so that another base begins anew.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import random
@@ -21,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
@@ -35,27 +35,19 @@ import rollout
 import world
 
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
-ORACLES = [f"oracle-{name}={TINY / 'world.py'}:{name}_reward"
-           for name in ("aesthetic", "strict", "alignment")]
+ORACLES = ["oracle-aesthetic", "oracle-strict", "oracle-alignment", "oracle-palette"]
+JUDGES = ["aesthetic", *ORACLES]
 SEEDS = 3
 # rewards, prompts, steps; held-out prompts, images of each
-TASKS = {"t2i": ("rewards.json", "prompts.jsonl", 20, "heldout.jsonl", 6),
-         "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 13)}
+TASKS = {"t2i": ("rewards.json", "prompts.jsonl", 20, "heldout.jsonl", 4),
+         "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 7)}
 
 
-def start(*arguments):
-    """A script of this repository as a process."""
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
-
-
-def grpo(name, reward, seed, *more):
-    """The first command with the oracle as judge, as a process; an old run of that name is removed unless it
-    is resumed.
-    """
-    if "--resume" not in more:
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    return start("grpo.py", "--reward", reward, "--judge", *ORACLES, "--seed", str(seed), "--name", name,
-                 *more)
+def start(*arguments, processes=1):
+    """A script of this repository as a process, or as several by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), *arguments], cwd=ROOT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
@@ -63,415 +55,305 @@ def finish(process):
         raise SystemExit(f"{' '.join(process.args)} failed")
 
 
-def side_by_side(commands):
-    """Run commands, each a list of arguments, as many at a time as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda command: finish(start(*command)), commands))
+# A training is judged by drawing held-out prompts after some of its steps.
 
 
-def training(script, name, seed, *arguments):
-    """The command of a run without a final table; an old run of that name is removed."""
-    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    return [script, "--seed", str(seed), "--name", name, "--eval-images", "0", "--sample-every", "0",
-            *arguments]
+@functools.cache
+def base():
+    """Six letters that name what everything starts from: weights, rewards, prompts and oracle."""
+    files = [TINY / "world.py", *TINY.glob("*.json*"), *(TINY / "model").rglob("*.safetensors")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:6]
 
 
-def drawing(name, model, prompts, rewards, *arguments):
-    """The command that draws and scores held-out prompts, anew."""
-    shutil.rmtree(ROOT / "rollouts" / name, ignore_errors=True)
-    return ["rollout.py", "--name", name, "--model", str(model), "--prompts", str(TINY / prompts), "--reward",
-            *rewards, *arguments]
-
-
-def evaluation(name):
-    return json.loads((ROOT / "runs" / name / "eval.json").read_text())["rewards"]
-
-
-def cells(row):
-    low, high = row["interval"]
-    return f"{row['base']:.3f} | {row['trained']:.3f} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def seed_table(script, name):
-    """The first command by one of the training scripts, one seed after another: gains over the base, and the
-    time it took.
+class Drawing(NamedTuple):
+    """Held-out prompts of a task, so many images of each, at a guidance scale (None: the checkpoint's),
+    judged by the task's rewards or by the aesthetic scorer and the oracle
     """
-    runs = [f"reproduce-{name}-{seed}" for seed in range(SEEDS)]
-    seconds, rows = [], {}
-    for seed, run in enumerate(runs):
-        shutil.rmtree(ROOT / "runs" / run, ignore_errors=True)
-        began = time.time()
-        finish(start(script, "--reward", "aesthetic", "--judge", *ORACLES, "--seed", str(seed), "--name",
-                     run))
-        seconds.append(time.time() - began)
-        for judge, row in evaluation(run).items():
-            rows.setdefault(judge, []).append(row)
-    lines = [f"| {script} | base | {' | '.join(f'seed {seed}' for seed in range(SEEDS))} |",
-             "|---" * (2 + SEEDS) + "|"]
-    for judge, found in rows.items():
-        gains = (f"{row['difference']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]"
-                 for row in found)
-        lines.append(f"| {judge} | {sum(row['base'] for row in found) / SEEDS:.3f} | {' | '.join(gains)} |")
-    return [*lines, f"| seconds | | {' | '.join(f'{s:.0f}' for s in seconds)} |"]
+
+    task: str = "t2i"
+    images: int = 2
+    cfg: float | None = None
+    rewards: bool = False
+
+
+class Run(NamedTuple):
+    """A training, drawn after each of `stages` steps. `what` names it in tables."""
+
+    script: str
+    what: str
+    seed: int
+    flags: tuple = ()
+    stages: tuple = (30,)
+    drawings: tuple = (Drawing(),)
+    processes: int = 1
+
+    @property
+    def folder(self):
+        return ROOT / "runs" / "-".join([base(), Path(self.script).stem, *self.what.split(), str(self.seed)])
+
+    def drawn(self, steps, drawing):
+        """Where the pictures after so many steps are"""
+        more = [f"cfg{drawing.cfg:g}"] * (drawing.cfg is not None) + ["rewards"] * drawing.rewards
+        return ROOT / "rollouts" / "-".join([self.folder.name, str(steps), drawing.task, str(drawing.images),
+                                             *more])
+
+    def scores(self, judge, steps=None, drawing=None):
+        """(P, G) of a judge after so many steps, by default all, in a drawing, by default the first"""
+        records = rollout.read_records(self.drawn(self.stages[-1] if steps is None else steps,
+                                                  drawing or self.drawings[0]))
+        return rollout.score_array(records, judge)
+
+
+def untrained(*drawings):
+    return Run("base", "", 0, (), (0,), drawings or (Drawing(),))
+
+
+def carry_out(run):
+    """Train and draw whatever is missing."""
+    sources = ["aesthetic", *(f"{name}={TINY / 'world.py'}:{name.removeprefix('oracle-')}_reward"
+                              for name in ORACLES)]
+    for steps in run.stages:
+        missing = [drawing for drawing in run.drawings if not is_complete(run.drawn(steps, drawing), drawing)]
+        if missing and steps:
+            train_up_to(run, steps)
+        for drawing in missing:
+            rewards, heldout = TASKS[drawing.task][0], TASKS[drawing.task][3]
+            finish(start("rollout.py", "--name", run.drawn(steps, drawing).name, "--model",
+                         str(run.folder / "model" if steps else TINY / "model"), "--prompts",
+                         str(TINY / heldout), "--group-size", str(drawing.images), "--reward",
+                         *([str(TINY / rewards)] if drawing.rewards else sources),
+                         *(["--cfg", str(drawing.cfg)] if drawing.cfg is not None else [])))
+
+
+def is_complete(folder, drawing):
+    """Whether every picture is drawn and scored."""
+    wanted = len((TINY / TASKS[drawing.task][3]).read_text().splitlines()) * drawing.images
+    return (folder / "rollouts.jsonl").exists() and len(rollout.read_records(folder)) == wanted
+
+
+def train_up_to(run, steps):
+    """Leave the model after exactly so many steps; one that went further begins anew."""
+    log, weights = run.folder / "log.jsonl", run.folder / "model" / "model_index.json"
+    done = len(log.read_text().splitlines()) if log.exists() else 0
+    if done == steps and weights.exists() and weights.stat().st_mtime >= log.stat().st_mtime:
+        return
+    if done > steps:
+        shutil.rmtree(run.folder)
+    finish(start(run.script, *run.flags, "--seed", str(run.seed), "--name", run.folder.name, "--steps",
+                 str(steps), "--eval-images", "0", "--sample-every", "0",
+                 *(["--resume"] if run.folder.exists() else []), processes=run.processes))
+
+
+def queue(*jobs):
+    """Carry out runs, or lists of runs that need each other, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: [carry_out(run) for run in ([job] if isinstance(job, Run) else job)], jobs))
+
+
+def gain(run, judge, steps=None, drawing=None):
+    """Difference to the base and its 95% interval, paired by prompt."""
+    drawing = drawing or run.drawings[0]
+    return rollout.mean_difference(untrained(drawing).scores(judge), run.scores(judge, steps, drawing))
+
+
+def with_interval(difference):
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+
+
+def stage_table(groups, judges):
+    """Gains over the base after each stage; groups {title: the runs of all seeds}."""
+    stages = next(iter(groups.values()))[0].stages
+    lines = [f"| | base | {' | '.join(f'after {steps} steps' for steps in stages)} | interval |",
+             "|---" * (3 + len(stages)) + "|"]
+    for title, runs in groups.items():
+        for judge in judges:
+            gains = [[gain(run, judge, steps) for run in runs] for steps in stages]
+            cells = [" / ".join(f"{mean:+.3f}" for mean, _, _ in row) for row in gains]
+            half = sum(high - mean for mean, _, high in gains[-1]) / len(runs)
+            mean = rollout.mean(untrained(runs[0].drawings[0]).scores(judge))
+            lines.append(f"| {title}: {judge} | {mean:.3f} | {' | '.join(cells)} | ± {half:.3f} |")
+    return lines
+
+
+def stage_chart(path, lines, title):
+    """Mean and range over seeds of a held-out score; lines {name: (the runs of all seeds, judge)}."""
+    curves, bands = {}, {}
+    for name, (runs, judge) in lines.items():
+        scores = {0: [rollout.mean(untrained(run.drawings[0]).scores(judge)) for run in runs]}
+        for steps in runs[0].stages:
+            scores[steps] = [rollout.mean(run.scores(judge, steps)) for run in runs]
+        curves[name] = [(steps, sum(values) / len(values)) for steps, values in scores.items()]
+        bands[name] = [(steps, min(values), max(values)) for steps, values in scores.items()]
+    model.line_chart(path, curves, title, "step", bands=bands)
+
+
+def timed(*arguments, processes=2):
+    """Seconds of a command, without what an earlier call of it has left."""
+    shutil.rmtree(ROOT / "runs" / "reproduce-timed", ignore_errors=True)
+    began = time.time()
+    finish(start(*arguments, "--name", "reproduce-timed", processes=processes))
+    return time.time() - began
 
 
 def first():
-    lines = seed_table("grpo.py", "grpo")
-    shutil.copy(ROOT / "runs" / "reproduce-grpo-0" / "samples" / "before_after.png",
-                ASSETS / "grpo_before_after.png")
-    logs = [(ROOT / "runs" / f"reproduce-grpo-{seed}" / "log.jsonl").read_text().splitlines()
-            for seed in range(SEEDS)]
-    rewards = list(zip(*([json.loads(line)["reward"]["aesthetic"] for line in log] for log in logs)))
-    name = f"mean and range of {SEEDS} seeds"
-    model.line_chart(ASSETS / "grpo_curve.png",
-                     {name: [(step, sum(values) / SEEDS) for step, values in enumerate(rewards)]},
-                     "aesthetic score of the rollouts", "step",
-                     bands={name: [(step, min(values), max(values)) for step, values in enumerate(rewards)]})
-    return lines
-
-
-def paradigms():
-    """The aesthetic scorer of the tiny world, and its twin trained for as many steps on as many pictures as
-    preferences.
-
-    GRPO on the first is what `first` ran; its runs are needed.
+    """The README's first command: how long it takes, alone; its gains in three seeds on the way, the share of
+    right pictures of many; the README's picture.
     """
-    pairs, twin = BUILD / "aesthetic-pairs.jsonl", BUILD / "rewards" / "pairwise"
-    if not pairs.exists() or not (ROOT / "runs" / f"reproduce-grpo-{SEEDS - 1}" / "eval.json").exists():
-        raise SystemExit("paradigms needs: python tests/tiny/make.py --only scores && python "
-                         "tests/reproduce.py first")
-    if not twin.exists():
-        finish(start("train_reward.py", "--reward", "aesthetic", "--objective", "pairwise", "--data",
-                     str(pairs), "--eval-data",
-                     *(str(BUILD / f"aesthetic-{part}.jsonl") for part in ("drawn", "samples")), "--out",
-                     str(twin),
-                     "--batch", "16", "--steps", "1500", "--pixels", str(192 * 192)))
-    lines = ["| scorer | drawings SRCC | PLCC | pairs | base samples SRCC | pairs | within groups |",
-             "|---|---|---|---|---|---|---|"]
-    for name, directory in {"pointwise": TINY / "model" / "rewards" / "aesthetic", "pairwise": twin}.items():
-        drawn, samples = json.loads((directory / "reward.json").read_text())["held_out"].values()
-        cells = [drawn["srcc"], drawn["plcc"], drawn["pair_accuracy"],
-                 samples["srcc"], samples["pair_accuracy"], samples["group_srcc"]]
-        lines.append(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
-    lines += ["", "| trained on | seed | judge | base | trained | difference [95% interval] |",
-              "|---|---|---|---|---|---|"]
+    lines = [f"the first command took {timed('grpo.py', '--reward', 'aesthetic'):.0f} s", ""]
+    many = Drawing(images=8)
+    runs = {script: [Run(f"{script.lower()}.py", "aesthetic", seed, ("--reward", "aesthetic"), (10, 20, 30),
+                         (Drawing(),)) for seed in range(SEEDS)] for script in ("GRPO", "NFT")}
+    last = [run._replace(stages=(30,), drawings=(many,)) for run in runs["GRPO"]]
+    queue(untrained(), untrained(many), *runs["NFT"], *map(list, zip(runs["GRPO"], last)))
+    lines += stage_table(runs, JUDGES)
+    seeds = " | ".join(f"seed {seed}" for seed in range(SEEDS))
+    lines += ["", f"| GRPO, {many.images} pictures a prompt | {seeds} |",
+              "|---" * (1 + SEEDS) + "|"]
+    lines += [f"| {judge} | {' | '.join(with_interval(gain(run, judge)) for run in last)} |"
+              for judge in ORACLES]
+    stage_chart(ASSETS / "first_curve.png", {"the scorer that is trained on": (runs["GRPO"], "aesthetic"),
+                                             "the oracle": (runs["GRPO"], "oracle-aesthetic")},
+                f"aesthetic of held-out pictures, mean and range of {SEEDS} seeds")
+    before, *after = (rollout.by_prompt(rollout.read_records(run.drawn(run.stages[-1], many)))
+                      for run in (untrained(many), *last))
+    before_after(ASSETS / "first.png", before, after[0])
     for seed in range(SEEDS):
-        finish(grpo(f"reproduce-pairwise-{seed}", f"pairwise={twin}", seed))
-        lines += [f"| {name} | {seed} | {judge} | {cells(row)} |"
-                  for name, run in (("pointwise", "grpo"), ("pairwise", "pairwise"))
-                  for judge, row in evaluation(f"reproduce-{run}-{seed}").items()]
-    grids = [ROOT / "runs" / f"reproduce-{run}-0" / "samples" / "before_after.png"
-             for run in ("grpo", "pairwise")]
-    stack([Image.open(grid) for grid in grids], ASSETS / "paradigms.png")
+        blind_pairs(ROOT / "runs" / f"blind-{seed}.png", before, after[seed], seed)
     return lines
 
 
-def curation(stages=(15, 30, 45)):
-    """The half of every category's prompts with the largest ranges against as many at random, judged during
-    training.
+def before_after(path, before, after, count=8, side=128):
+    """The first held-out prompts, the first picture of each by both: a green frame where the oracle sees what
+    was asked, else a red one, and its aesthetic score below.
     """
-    pool, curated = ROOT / "rollouts" / "reproduce-pool", ROOT / "runs" / "reproduce-curated.jsonl"
-    curated.parent.mkdir(exist_ok=True)
-    finish(start("rollout.py", "--prompts", str(TINY / "prompts.jsonl"), "--reward", "aesthetic", "--name",
-                 pool.name))
-    finish(start("rollout.py", "--curate", str(pool), "--out", str(curated)))
-    prompts = [json.loads(line) for line in (TINY / "prompts.jsonl").read_text().splitlines()]
-    kept = Counter(json.loads(line)["category"] for line in curated.read_text().splitlines())
-    table, gains = [], {"curated": {}, "uncurated": {}}
+    rows, margin, font = {"base": before, "trained": after}, 76, ImageFont.load_default(14)
+    sheet = Image.new("RGB", (margin + count * (side + 12), 2 * (side + 34) + 44), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (title, records) in enumerate(rows.items()):
+        top = 6 + y * (side + 34)
+        pen.text((6, top + side / 2), title, fill="black", font=font, anchor="lm")
+        for x, record in enumerate(records[:count]):
+            left, right = margin + x * (side + 12), record["rewards"]["oracle-strict"]
+            frame = "#2a9d3a" if right else "#d62728"
+            pen.rectangle((left - 4, top - 4, left + side + 3, top + side + 3), fill=frame)
+            image = model.on_white(Image.open(record["folder"] / record["file"]))
+            sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            pen.text((left + side / 2, top + side + 6), f"{record['rewards']['oracle-aesthetic']:.2f}",
+                     fill="black", font=font, anchor="mt")
+            if y:
+                pen.text((left, top + side + 26), model.fold(record["prompt"], side), fill="black",
+                         font=ImageFont.load_default(11), spacing=1)
+    sheet.save(path)
+
+
+def blind_pairs(path, before, after, seed, count=24):
+    """Pairs of the two for a reader who is not to know which is which: left or right by chance; the key lies
+    beside the picture.
+    """
+    rng = random.Random(f"blind {seed}")
+    key = [rng.choice(("left", "right")) for _ in range(count)]  # where the trained model's is
+    cells = []
+    for i, side in enumerate(key):
+        pair = (before[i], after[i]) if side == "right" else (after[i], before[i])
+        cells += [(f"{i + 1} {side}", Image.open(record["folder"] / record["file"]))
+                  for side, record in zip(("left", "right"), pair)]
+    model.contact_sheet(path, cells)
+    path.with_suffix(".json").write_text(json.dumps(key))
+
+
+def strict():
+    """Trained on what the oracle sees itself: 1 where the picture shows exactly what was asked, else 0."""
+    reward, stages = f"strict={TINY / 'world.py'}:strict_reward", (50, 100, 150, 200)
+    flags = {"GRPO": ("--kl-coef", "0.1"), "NFT": ()}
+    runs = {title: [Run(f"{title.lower()}.py", "strict", seed, ("--reward", reward, "--lr", "2.56e-4", *more),
+                        stages) for seed in range(SEEDS)] for title, more in flags.items()}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    stage_chart(ASSETS / "strict_curve.png",
+                {title: (seeds, "oracle-strict") for title, seeds in runs.items()},
+                f"held-out pictures that show what was asked, mean and range of {SEEDS} seeds")
+    return stage_table(runs, JUDGES)
+
+
+def chain():
+    """The README's chain, two teachers and their student, in three seeds, and which share of its teachers'
+    gains the student has without guidance.
+    """
+    drawings = {task: Drawing(task, TASKS[task][4], rewards=True) for task in TASKS}
+    teachers, students = {}, []
     for seed in range(SEEDS):
-        random.Random(seed).shuffle(prompts)
-        chosen = [line for name, count in kept.items()
-                  for line in [p for p in prompts if p["category"] == name][:count]]
-        uncurated = ROOT / "runs" / f"reproduce-uncurated-{seed}.jsonl"
-        uncurated.write_text("".join(json.dumps(line) + "\n" for line in chosen))
-        for kind, path in (("curated", curated), ("uncurated", uncurated)):
-            for steps in stages:
-                name = f"reproduce-{kind}-{seed}"
-                finish(grpo(name, "aesthetic", seed, "--prompts", str(path), "--save-every", "15", "--steps",
-                            str(steps),
-                            *(["--resume"] if steps > stages[0] else [])))
-                for judge, row in evaluation(name).items():
-                    gains[kind].setdefault(judge, {}).setdefault(steps, []).append(row["difference"])
-            table += [f"| {kind} | {seed} | {judge} | {cells(row)} |"
-                      for judge, row in evaluation(name).items()]
-    curves = {f"{kind}, {judge}": [(0, 0),
-                                   *((steps, sum(values) / SEEDS)
-                                     for steps, values in gains[kind][judge].items())]
-              for judge in ("oracle-aesthetic", "aesthetic") for kind in gains}
-    model.line_chart(ASSETS / "curation.png", curves,
-                     f"gain over the base on held-out prompts, mean of {SEEDS} seeds", "step")
-    return ["| prompts | seed | judge | base | trained | difference [95% interval] |",
-            "|---|---|---|---|---|---|", *table]
-
-
-def teacher(script, task, seed):
-    """The command that trains on one task's rewards."""
-    rewards, prompts, steps, heldout, _ = TASKS[task]
-    return training(f"{script}.py", f"reproduce-{script}-{task}-{seed}", seed, "--reward",
-                    str(TINY / rewards), "--prompts",
-                    str(TINY / prompts), "--eval-prompts", str(TINY / heldout), "--steps", str(steps))
-
-
-def pictures_of(task, kind, seed):
-    """Where the pictures of a task's held-out prompts by a run are."""
-    return ROOT / "rollouts" / f"reproduce-{kind}-{seed}-on-{task}"
-
-
-def drawing_of(task, kind, seed):
-    """The command that draws a task's held-out prompts by a run, or by the "base" or the "unguided" base, and
-    scores them.
-    """
-    rewards, _, _, heldout, images = TASKS[task]
-    root = TINY / "model" if kind in ("base",
-                                      "unguided") else ROOT / "runs" / f"reproduce-{kind}-{seed}" / "model"
-    return drawing(pictures_of(task, kind, seed).name, root, heldout, [str(TINY / rewards)], "--group-size",
-                   str(images),
-                   *(["--cfg", "1"] if kind == "unguided" else []))
-
-
-def nft():
-    """The same bar as `first`, then several rewards with weights per category, then edits; judged on held-out
-    prompts by rollout.py.
-    """
-    lines = seed_table("nft.py", "nft")
-    side_by_side([teacher("nft", task, seed) for task in TASKS for seed in range(SEEDS)])
-    side_by_side([drawing_of(task, f"nft-{task}", seed) for task in TASKS for seed in range(SEEDS)]
-                 + [drawing_of(task, "base", 0) for task in TASKS])
-    for task in TASKS:
-        out = Path("rollouts") / f"reproduce-nft-{task}"
-        players = [f"seed-{seed}={pictures_of(task, f'nft-{task}', seed)}" for seed in range(SEEDS)]
-        finish(start("rollout.py", "--out", str(out), "--compare", f"base={pictures_of(task, 'base', 0)}",
-                     *players))
-        table = (ROOT / out / "comparison.md").read_text().splitlines()
-        lines += ["", f"{task}:",
-                  *[line for line in table if line.startswith(("| category", "| ---", "| all"))][:8]]
+        for task, (rewards, prompts, steps, heldout, _) in TASKS.items():
+            flags = ("--reward", str(TINY / rewards), "--prompts", str(TINY / prompts), "--eval-prompts",
+                     str(TINY / heldout))
+            teachers[task, seed] = Run("nft.py", task, seed, flags, (steps,), (drawings[task],))
+        given = (f"{task}={teachers[task, seed].folder / 'model'}" for task in TASKS)
+        students.append(Run("opd.py", "student", seed, ("--teacher", *given), (45,),
+                            tuple(drawing._replace(cfg=1.0) for drawing in drawings.values())))
+    began, fresh = time.time(), not students[0].folder.exists()
+    for run in (*(teachers[task, 0] for task in TASKS), students[0]):
+        train_up_to(run._replace(processes=2), run.stages[-1])
+    lines = [f"seed 0 alone, without tables: {(time.time() - began) / 60:.1f} minutes", ""] if fresh else []
+    queue(untrained(*drawings.values()), *([*(teachers[task, seed] for task in TASKS), students[seed]]
+                                           for seed in range(SEEDS)))
+    lines += ["| task | seed | teacher's gain [95% interval] | student's | share of it [bootstrap] |",
+             "|---|---|---|---|---|"]
+    for task, drawing in drawings.items():
+        for seed, student in enumerate(students):
+            arrays = [untrained(drawing).scores("composite"), teachers[task, seed].scores("composite"),
+                      student.scores("composite", drawing=drawing._replace(cfg=1.0))]
+            gains = (with_interval(rollout.mean_difference(arrays[0], of)) for of in arrays[1:])
+            lines.append(f"| {task} | {seed} | {' | '.join(gains)} | {share_of_gain(*arrays)} |")
+    chain_sheet(ASSETS / "chain.png", {
+        "base": untrained().drawn(0, drawings["edit"]),
+        "edit teacher": teachers["edit", 0].drawn(TASKS["edit"][2], drawings["edit"]),
+        "student, unguided": students[0].drawn(45, drawings["edit"]._replace(cfg=1.0))})
     return lines
 
 
-def opd():
-    """Teachers of both tasks (the runs of `nft`), the same by GRPO, Mix-RL with as many images, and the
-    student, on both tasks.
-
-    Every model is drawn with guidance but the student. The composite is what they were trained on; the oracle
-    says which pictures show exactly what was asked.
-    """
-    for seed in range(SEEDS):
-        if not (pictures_of("edit", "nft-edit", seed) / "rollouts.jsonl").exists():
-            raise SystemExit("opd needs: python tests/reproduce.py nft")
-    commands = [teacher("grpo", task, seed) for task in reversed(TASKS) for seed in range(SEEDS)]
-    for seed in range(SEEDS):
-        commands.append(training("nft.py", f"reproduce-mix-{seed}", seed, "--reward",
-                                 str(TINY / "rewards_mixed.json"), "--prompts",
-                                 str(TINY / "mixed.jsonl"), "--steps",
-                                 str(sum(task[2] for task in TASKS.values()))))
-        commands.append(training("opd.py", f"reproduce-opd-{seed}", seed, "--teacher",
-                                 *(f"{task}=runs/reproduce-nft-{task}-{seed}/model" for task in TASKS)))
-    side_by_side(commands)
-    kinds = {"nft-t2i": "T2I teacher", "nft-edit": "edit teacher", "mix": "Mix-RL",
-             "opd": "student, unguided",
-             "grpo-t2i": "T2I teacher by GRPO", "grpo-edit": "edit teacher by GRPO"}
-    cells = [(task, kind, 0) for kind in ("base", "unguided") for task in TASKS]
-    cells += [(task, kind, seed) for kind in kinds for task in TASKS if "grpo" not in kind or task in kind
-              for seed in range(SEEDS)]
-    # `nft` has drawn those
-    side_by_side([drawing_of(*cell) for cell in cells if cell[1] not in ("base", f"nft-{cell[0]}")])
-    records = {cell: rollout.read_records(pictures_of(*cell)) for cell in cells}
-    shown = {task: [rollout.by_prompt(records[task, "base", 0])[i] for i in chosen]
-             for task, chosen in {"t2i": (0, 20, 40, 60), "edit": (0, 4, 16, 20)}.items()}
-    rows = [[("", Image.new("RGB", (96, 96), "white")) for _ in shown["t2i"]]
-            + [("", Image.open(r["folder"] / r["source"][0])) for r in shown["edit"]]]
-    labels = {"base": "base", "unguided": "base, unguided", **dict(list(kinds.items())[:4])}
-    for kind in labels:
-        rows.append([(r["prompt"], Image.open(pictures_of(task, kind, 0) / r["file"]))
-                     for task in TASKS for r in shown[task]])
-    model.contact_sheet(ASSETS / "opd.png", *rows, titles=("source", *labels.values()))
-    return opd_table(records, kinds)
+def chain_sheet(path, folders):
+    """The first held-out edit of each kind: its source, and the first picture by every model."""
+    records = {title: rollout.by_prompt(rollout.read_records(folder)) for title, folder in folders.items()}
+    kinds = [world.edit_kind(record["prompt"]) for record in records["base"]]
+    shown = [kinds.index(kind) for kind in world.EDIT_KINDS]
+    picked = {title: [of[i] for i in shown] for title, of in records.items()}
+    sources = [(r["prompt"], Image.open(r["folder"] / r["source"][0])) for r in picked["base"]]
+    outputs = [[("", Image.open(r["folder"] / r["file"])) for r in of] for of in picked.values()]
+    model.contact_sheet(path, sources, *outputs, titles=("source", *picked))
 
 
-def opd_table(records, kinds):
-    """Means of the base and gains over the guided base in every seed, and which part of its teachers' gains
-    the student has.
-    """
-    lines = ["| | t2i composite | t2i strict | edit composite | edit strict |", "|---|---|---|---|---|"]
-    scores = {key: [rollout.score_array(of, "composite"), oracle_strict(of)] for key, of in records.items()}
-    for kind in ("base", "unguided"):
-        cells = [f"{rollout.mean(array):.3f}" for task in TASKS for array in scores[task, kind, 0]]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    gain = lambda task, kind, seed, i=0: rollout.mean_difference(scores[task, "base", 0][i],
-                                                                 scores[task, kind, seed][i])
-    for kind, label in kinds.items():
-        cells = [" / ".join(f"{gain(task, kind, seed, i)[0]:+.3f}"
-                            for seed in range(SEEDS) if (task, kind, seed) in records)
-                 for task in TASKS for i in (0, 1)]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "| task | seed | teacher's gain [95% interval] | student's [95% interval] | share |",
-              "|---|---|---|---|---|"]
-    for task in TASKS:
-        for seed in range(SEEDS):
-            rows = gain(task, f"nft-{task}", seed), gain(task, "opd", seed)
-            both = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in rows)
-            lines.append(f"| {task} | {seed} | {both} | {rows[1][0] / rows[0][0]:.0%} |")
-    for seed in range(SEEDS):
-        log = [json.loads(line)["seconds"]
-               for line in (ROOT / "runs" / f"reproduce-opd-{seed}" / "log.jsonl").open()]
-        swap, total = (sum(sum(line[part] for part in parts) for line in log) for parts in (["swap"], log[0]))
-        lines.append(f"seed {seed}: {total / len(log):.1f} s a step, {swap / total:.2%} of it for swapping "
-                     "teachers")
-    return lines
-
-
-def oracle_strict(records):
-    """1 where the oracle sees exactly what was asked, else 0: (P, G)."""
-    images, sources = [], []
-    for record in records:
-        images.append(Image.open(record["folder"] / record["file"]))
-        sources.append([Image.open(record["folder"] / path) for path in record["source"]])
-    strict = world.strict_reward(images, [record["prompt"] for record in records], sources)
-    return rollout.score_array([record | {"rewards": {"strict": score}}
-                                for record, score in zip(records, strict)], "strict")
-
-
-def strategies(steps=24, guidances=(2, 1)):
-    """Hybrid guidance and trained timesteps at high noise (the defaults) against the alternatives: training
-    on the aesthetic reward with all seeds, held-out prompts drawn with and without guidance, judged by the
-    reward and by the oracle."""
-    alternatives = {"default": [], "guided in both": ["--guided-objective"],
-                    "guided in neither": ["--cfg", "1"],
-                    "all timesteps": ["--train-timesteps", "all"]}
-    labels = [f"{script} {label}" for script in ("grpo", "nft") for label in alternatives]
-    runs = {(label, seed): f"reproduce-{label.replace(' ', '-')}-{seed}" for label in labels
-            for seed in range(SEEDS)}
-    side_by_side([training(f"{label.split()[0]}.py", name, seed, "--reward", "aesthetic", "--steps",
-                           str(steps),
-                           *alternatives[label.split(" ", 1)[1]]) for (label, seed), name in runs.items()])
-    models = {("base", 0): TINY / "model"} | {key: ROOT / "runs" / name / "model"
-                                              for key, name in runs.items()}
-    names = {(*key, cfg): f"reproduce-{key[0].replace(' ', '-')}-{key[1]}-cfg{cfg}" for key in models
-             for cfg in guidances}
-    side_by_side([drawing(name, models[label, seed], "heldout.jsonl", ["aesthetic", *ORACLES], "--group-size",
-                          "2", "--cfg", str(cfg))
-                  for (label, seed, cfg), name in names.items()])
-    records = {key: rollout.read_records(ROOT / "rollouts" / name) for key, name in names.items()}
-    rows = [(label, cfg) for label in ("base", *labels) for cfg in guidances]
-    model.contact_sheet(ASSETS / "strategies.png", *(
-        [(record["prompt"], Image.open(record["folder"] / record["file"]))
-         for record in rollout.by_prompt(records[label, 0, cfg])[:8]] for label, cfg in rows),
-        titles=tuple(f"{label}, cfg {cfg}" for label, cfg in rows))
-    curves = {}
-    for label in labels:
-        logs = [[json.loads(line)["reward"]["aesthetic"]
-                 for line in (ROOT / "runs" / runs[label, seed] / "log.jsonl").open()]
-                for seed in range(SEEDS)]
-        means = [sum(values) / SEEDS for values in zip(*logs)]
-        curves[label] = [(step, sum(means[step - 5:step]) / 5) for step in range(5, steps + 1)]
-    model.line_chart(ASSETS / "strategies_curves.png", curves,
-                     f"reward of the rollout, mean of {SEEDS} seeds and 5 steps", "step")
-    return strategy_table(records, labels, guidances)
-
-
-def strategy_table(records, labels, guidances):
-    """Means of the base and gains over it in every seed, drawn with the same guidance."""
-    rewards = rollout.reward_names(records["base", 0, guidances[0]])[:-1]
-    lines = [f"| trained | drawn with guidance | {' | '.join(rewards)} |", "|---" * (2 + len(rewards)) + "|"]
-    for cfg in guidances:
-        base = {reward: rollout.score_array(records["base", 0, cfg], reward) for reward in rewards}
-        lines.append(f"| base | {cfg} | "
-                     f"{' | '.join(f'{rollout.mean(base[reward]):.3f}' for reward in rewards)} |")
-        for label in labels:
-            gains = [[rollout.mean_difference(base[reward],
-                                              rollout.score_array(records[label, seed, cfg], reward))[0]
-                      for seed in range(SEEDS)] for reward in rewards]
-            lines.append(f"| {label} | {cfg} | "
-                         f"{' | '.join(' / '.join(f'{gain:+.2f}' for gain in row) for row in gains)} |")
-    return lines
-
-
-# kappa_t sqrt(D) of the four steps is 4.8 (rms), and by so much gradient and spread of the printed ratio
-# exceed the default's
-PRINTED = ["--printed-ratio", "--kl-coef", "1.25", "--clip-eps", "0.075", "--grad-clip", "5"]
-VARIANTS = {
-    "default": [], "--printed-ratio": PRINTED, "--train-timesteps all": ["--train-timesteps", "all"],
-    "--noise-level 1.2": ["--noise-level", "1.2"], "--kl-coef 0.1": ["--kl-coef", "0.1"]}
-OBJECTIVES = {  # trained on: what differs from the default
-    "strict": ["default", "--printed-ratio", "--train-timesteps all", "--noise-level 1.2", "--kl-coef 0.1"],
-    "aesthetic": ["default", "--printed-ratio", "--train-timesteps all", "--noise-level 1.2"]}
-
-
-def objective_name(reward, kind, seed):
-    return "-".join(["reproduce", reward, *kind.replace("--", "").split(), str(seed)])
-
-
-def objective_training(reward, kind, seed):
-    source, steps = {"aesthetic": ("aesthetic", 60),
-                     "strict": (f"strict={TINY / 'world.py'}:strict_reward", 100)}[reward]
-    return training("grpo.py", objective_name(reward, kind, seed), seed, "--reward", source, "--steps",
-                    str(steps),
-                    *VARIANTS[kind])
-
-
-def objective_drawing(reward, kind, seed):
-    root = TINY / "model" if reward == "base" else ROOT / "runs" / objective_name(reward, kind,
-                                                                                  seed) / "model"
-    return drawing(objective_name(reward, kind, seed), root, "heldout.jsonl", ["aesthetic", *ORACLES],
-                   "--group-size", "6")
-
-
-def objective():
-    """grpo.py's default against other objectives on the VLM's aesthetic reward and the oracle's strict one;
-    held-out prompts drawn by the ODE.
-    """
-    kinds = [(reward, kind) for reward, several in OBJECTIVES.items() for kind in several]
-    cases = [(*pair, seed) for pair in kinds for seed in range(SEEDS)]
-    side_by_side([objective_training(*case) for case in cases])
-    side_by_side([objective_drawing(*case) for case in [("base", "", 0), *cases]])
-    return gain_table({case: objective_name(*case) for case in [("base", "", 0), *cases]})
-
-
-def gain_table(names):
-    """Gains over the base, which is the first of {(trained on, what, seed): name under rollouts}, with 95%
-    intervals over prompts.
-    """
-    records = {case: rollout.read_records(ROOT / "rollouts" / name) for case, name in names.items()}
-    cases = list(records)
-    judges = [judge for judge in rollout.reward_names(records[cases[0]]) if judge != "composite"]
-    scores = {(case, judge): rollout.score_array(of, judge) for case, of in records.items()
-              for judge in judges}
-    lines = [f"| trained on | what | seed | {' | '.join(judges)} |", "|---" * (3 + len(judges)) + "|"]
-    for case in cases[1:]:
-        gains = [rollout.mean_difference(scores[cases[0], judge], scores[case, judge]) for judge in judges]
-        shown = [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]" for gain, low, high in gains]
-        lines.append(f"| {' | '.join([*map(str, case), *shown])} |")
-    return lines
+def share_of_gain(before, teacher, student, draws=10_000):
+    """The student's gain over the teacher's, with a 95% bootstrap interval over prompts; arrays (P, G)."""
+    gains = np.stack([np.nanmean(scores - before, axis=1) for scores in (teacher, student)])          # (2, P)
+    prompts = gains.shape[1]
+    picked = gains[:, np.random.default_rng(0).integers(prompts, size=(draws, prompts))].mean(-1)
+    low, high = np.quantile(picked[1] / picked[0], (0.025, 0.975))
+    return f"{gains[1].mean() / gains[0].mean():.0%} [{low:.0%}, {high:.0%}]"
 
 
 def forks(seconds=240):
     """The patches in tests/forks against the scripts they are of, as many seconds of training each, on the
     aesthetic and the strict reward; ReFL, which needs a gradient, on the naive one alone.
     """
-    rewards = {"aesthetic": "aesthetic", "strict": f"strict={TINY / 'world.py'}:strict_reward"}
-    palette = f"palette={ROOT / 'tests' / 'forks' / 'palette.py'}:palette"
-    scripts = {"grpo": ROOT / "grpo.py", "nft": ROOT / "nft.py"} | {
+    sources = {"aesthetic": "aesthetic", "strict": f"strict={TINY / 'world.py'}:strict_reward",
+               "palette": f"palette={ROOT / 'tests' / 'forks' / 'palette.py'}:palette"}
+    scripts = {"grpo": "grpo.py", "nft": "nft.py"} | {
         patch.stem: patched(patch, BUILD / "forks" / patch.stem)
         for patch in sorted((ROOT / "tests" / "forks").glob("*.patch"))}
-    cases = [(reward, name, seed) for name in scripts if name not in ("refl", "rawsum") for reward in rewards
-             for seed in range(SEEDS)]
-    cases += [("palette", name, seed) for name in ("grpo", "refl") for seed in range(SEEDS)]
-    sources = rewards | {"palette": palette}
-    pilots = {case[:2]: f"reproduce-pilot-{case[0]}-{case[1]}" for case in cases}
-    # one after the other: what runs beside them must not count
-    for (reward, name), run in pilots.items():
-        finish(start(*training(str(scripts[name]), run, 0, "--reward", sources[reward], "--steps", "6")))
-    steps = {key: max(1, round(seconds / seconds_per_step(run))) for key, run in pilots.items()}
-    runs = {case: f"reproduce-fork-{case[0]}-{case[1]}-{case[2]}" for case in cases}
-    side_by_side([training(str(scripts[name]), run, seed, "--reward", sources[reward], "--steps",
-                           str(steps[reward, name])) for (reward, name, seed), run in runs.items()])
-    models = {"reproduce-fork-base": TINY / "model"} | {
-        run: ROOT / "runs" / run / "model" for run in runs.values()}
-    side_by_side([drawing(name, root, "heldout.jsonl", ["aesthetic", palette, *ORACLES], "--group-size", "2")
-                  for name, root in models.items()])
-    counts = [f"| {reward} | {name} | {count} |" for (reward, name), count in steps.items()]
-    return [*gain_table({("base", "", 0): "reproduce-fork-base"} | runs), "",
-            f"| trained on | what | steps in {seconds} s |", "|---|---|---|", *counts]
+    cases = [(name, reward) for name in scripts if name not in ("refl", "rawsum")
+             for reward in ("aesthetic", "strict")] + [("grpo", "palette"), ("refl", "palette")]
+    steps = {}
+    for name, reward in cases:  # one after the other: what runs beside them must not count
+        pilot = Run(str(scripts[name]), f"pilot {name} {reward}", 0, ("--reward", sources[reward]))
+        train_up_to(pilot, 6)
+        steps[name, reward] = max(1, round(seconds / seconds_per_step(pilot)))
+    runs = {(name, reward): [Run(str(scripts[name]), f"{name} {reward}", seed, ("--reward", sources[reward]),
+                                 (steps[name, reward],)) for seed in range(SEEDS)] for name, reward in cases}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    lines = [f"| trained on | by | steps in {seconds} s | {' | '.join(JUDGES)} |", "|---" * (3 + len(JUDGES))
+             + "|"]
+    for (name, reward), seeds in runs.items():
+        gains = [" / ".join(f"{gain(run, judge)[0]:+.3f}" for run in seeds) for judge in JUDGES]
+        lines.append(f"| {reward} | {name} | {steps[name, reward]} | {' | '.join(gains)} |")
+    return lines
 
 
 def patched(patch, folder):
@@ -488,20 +370,11 @@ def patched(patch, folder):
 
 def seconds_per_step(run):
     """Of a run's steps but the first, which warms up."""
-    lines = [json.loads(line) for line in (ROOT / "runs" / run / "log.jsonl").open()][1:]
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").open()][1:]
     return sum(sum(line["seconds"].values()) for line in lines) / len(lines)
 
 
-def stack(pictures, path):
-    """Figures under each other."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    sheet.save(path)
-
-
-PARTS = {"first": first, "paradigms": paradigms, "curation": curation, "nft": nft, "opd": opd,
-         "objective": objective, "strategies": strategies, "forks": forks}
+PARTS = {"first": first, "strict": strict, "chain": chain, "forks": forks}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

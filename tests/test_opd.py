@@ -13,6 +13,7 @@ from runs import ROOT, SMALL, assert_same_bits, checkpoint, run_script, start_sc
 
 BASE = ROOT / "tests/tiny/model"
 TEACHERS = ["--teacher", f"t2i={BASE}", f"edit={BASE}"]
+GUIDED = ["--teacher-cfg", "2.5"]  # so that there is something to learn in three steps
 
 
 def inputs():
@@ -65,7 +66,7 @@ def test_a_student_that_is_its_teacher_stays_put(tmp_path):
 @pytest.fixture(scope="module")
 def three_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    return folder, run_script(folder, *TEACHERS, "--steps", "3", *SMALL, script="opd.py")
+    return folder, run_script(folder, *TEACHERS, *GUIDED, "--steps", "3", *SMALL, script="opd.py")
 
 
 def test_the_student_learns_guidance(three_steps):
@@ -79,8 +80,8 @@ def test_the_student_learns_guidance(three_steps):
 
 def test_resume_gives_the_same_bits(three_steps, tmp_path):
     """Also where the run began with its weights and moments in host memory."""
-    run_script(tmp_path, *TEACHERS, "--steps", "1", *SMALL, "--offload", script="opd.py")
-    log = run_script(tmp_path, *TEACHERS, "--steps", "3", *SMALL, "--resume", script="opd.py")
+    run_script(tmp_path, *TEACHERS, *GUIDED, "--steps", "1", *SMALL, "--offload", script="opd.py")
+    log = run_script(tmp_path, *TEACHERS, *GUIDED, "--steps", "3", *SMALL, "--resume", script="opd.py")
     assert_same_bits(checkpoint(three_steps[0]), checkpoint(tmp_path))
     assert log[-1]["velocity_error"] == three_steps[1][-1]["velocity_error"]
 
@@ -108,7 +109,7 @@ def test_every_prompt_has_its_tasks_teacher(tmp_path, three_steps):
     torch.nn.init.zeros_(network.proj_out.weight)
     network.requires_grad_(False)
     model.save_model(tmp_path / "saved", BASE, network, guidance=2.0, trained_on=["b"])
-    arguments = ["--teacher", f"t2i={BASE}", f"edit={tmp_path / 'saved'}", "--steps", "1", *SMALL]
+    arguments = ["--teacher", f"t2i={BASE}", f"edit={tmp_path / 'saved'}", *GUIDED, "--steps", "1", *SMALL]
     (line,) = run_script(tmp_path, *arguments, script="opd.py")
     before = three_steps[1][0]["velocity_error"]
     assert line["velocity_error"]["t2i"] == before["t2i"]

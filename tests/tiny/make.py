@@ -1,20 +1,25 @@
 """Make the tiny world's checkpoint from nothing: text encoder, VAE, flow transformer, prompts and reward
 models.
 
-    python tests/tiny/make.py                  # everything, in order, into tests/tiny/model
+    python tests/tiny/make.py                  # everything that make.log does not name yet, on two cores
     python tests/tiny/make.py --only flow      # one stage; the earlier ones must be there
 
 The result has exactly the layout of Qwen/Qwen-Image-2.1, so the scripts cannot tell it from the real one. The
-base is made mediocre on purpose: a third of its training pictures are blurred, tinted or washed out and some
-captions are wrong.
+base is made mediocre on purpose, in beauty (most of its training pictures have flaws, many faces are
+disfigured) and in content (some captions are those of other pictures). To begin anew, remove make.log.
 """
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from math import nan
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,15 +29,19 @@ import model  # (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from tqdm import trange
 
 import world
 
-OUT, BUILD = HERE / "model", HERE / "build"  # build: scored pictures, not kept in git
+OUT, BUILD = HERE / "model", HERE / "build"  # build: scored pictures and what reads them, not kept in git
+LOG = HERE / "make.log"
+PARTS = ("drawn", "samples")  # held-out drawings, and samples of the base on held-out prompts
 SEED = 0
-DEGRADED, MISCAPTIONED, DROPPED = 0.35, 0.12, 0.1  # shares of the flow model's training data
+DEGRADED, DISFIGURED, FOREIGN, DROPPED = 0.7, 0.3, 0.17, 0.1  # shares of the flow model's training data:
+# pictures with flaws, faces, captions of other pictures, prompts left out for guidance
+DEGRADED_EDITS, DEGRADED_ELSEWHERE = 0.4, 0.3  # targets of edits; what text encoder and VAE see
 LATENTS = 16
 TRANSFORMER = {
     "_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": LATENTS,
@@ -60,7 +69,7 @@ INDEX = {
     "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLQwenImage21"],
     "sample_sigmas": [1 - i / 8 for i in range(8)],  # 8 steps are as good as 24 here
-    "_sampling": {"size": [64, 64], "guidance_scale": 2.0}}
+    "_sampling": {"size": [64, 64], "guidance_scale": 1.6}}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
             "<|image_pad|>",
             "<|video_pad|>"]
@@ -75,6 +84,9 @@ CHAT = (  # Qwen-VL's form: every message is a string or a list of image and tex
 WORD = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
+ASK = f"<|im_start|>user\n{model.IMAGE}Describe the image.<|im_end|>\n<|im_start|>assistant\n"
+SCORER_PIXELS = 192 * 192  # what reward models enlarge a picture to
+
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +98,13 @@ def save_bf16(module, path, extra=()):
     state = {key: value.detach().to(torch.bfloat16).contiguous()
              for key, value in module.state_dict().items()}
     save_file(state | dict(extra), path, metadata={"format": "pt"})
+
+
+def picture(rng, scene, degraded=DEGRADED_ELSEWHERE, disfigured=DISFIGURED):
+    """A drawing, `degraded` and, of a face, `disfigured` with these probabilities."""
+    spoilt = scene.kind == "face" and rng.random() < disfigured
+    image = world.disfigure(scene, rng) if spoilt else world.draw(scene)
+    return world.degrade(image, rng)[0] if rng.random() < degraded else image
 
 
 # Training: Muon for matrices inside the network, AdamW for everything else
@@ -185,14 +204,14 @@ def new_vlm(tokenizer):
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
-    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 4, 4], mrope_interleaved=True)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
     config = Qwen3VLConfig(
         text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256,
                          num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32,
                          max_position_embeddings=4096,
                          pad_token_id=ids["<|endoftext|>"], rope_parameters=rope),
-        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=16,
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=256, num_heads=3, patch_size=16,
                            spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96,
                            num_position_embeddings=64,
                            deepstack_visual_indexes=[1]),
@@ -242,41 +261,81 @@ def make_vlm(steps=700):
     opts = optimizers(vlm, 0.01, 1.5e-3, lambda n, p: p.ndim == 2 and not any(o in n for o in outer))
     identity = torch.nn.Linear(96, len(processor.tokenizer))  # for training only
     opts.append(torch.optim.AdamW(identity.parameters(), 1.5e-3))
-    ask = f"<|im_start|>user\n{model.IMAGE}Describe the image.<|im_end|>\n<|im_start|>assistant\n"
-
-    def picture(scene):
-        image = world.draw(scene)
-        return world.degrade(image, rng)[0] if rng.random() < DEGRADED else image
-
     bar = trange(steps, desc="text encoder")
     for step in bar:
         scenes = [world.sample_scene(rng) for _ in range(48)]
         captions = [world.caption(scene) + "<|im_end|>" for scene in scenes]
         edits = [world.sample_edit(rng) for _ in range(12)]
-        large = answer_loss(vlm, enlarging, [ask] * 24, captions[:24], [picture(s) for s in scenes[:24]])
+        large = answer_loss(vlm, enlarging, [ASK] * 24, captions[:24],
+                            [picture(rng, scene, disfigured=0) for scene in scenes[:24]])
         repeat = answer_loss(vlm, processor,
                              [model.prompt_text(c[:-len("<|im_end|>")]) for c in captions[24:]],
                              captions[24:], identity=identity)
         foresee = answer_loss(vlm, processor, [model.prompt_text(e[1], 1) for e in edits],
                               [world.caption(e[2]) + "<|im_end|>" for e in edits],
-                              [picture(e[0]) for e in edits],
+                              [picture(rng, e[0], disfigured=0) for e in edits],
                               identity=identity)
         update(opts, large + 0.5 * repeat + 0.5 * foresee, step / steps, 0.3)
         bar.set_postfix(caption=f"{large.item():.3f}", repeat=f"{repeat.item():.3f}",
                         edit=f"{foresee.item():.3f}")
     vlm.to(torch.bfloat16).save_pretrained(OUT / "text_encoder")
+    return f"loss of captions {large.item():.3f}, repeated {repeat.item():.3f}, of edits {foresee.item():.3f}"
+
+
+# Reader: the text encoder goes on to say what it sees, as large as the reward models see it
+
+
+def warped(rng, image):
+    """The picture pulled out of shape by a smooth field of a few pixels, as a weak base draws it"""
+    low = rng.normal(0, rng.uniform(1, 3), (2, 5, 5)).astype(np.float32)
+    dy, dx = (np.asarray(Image.fromarray(field).resize(image.size, Image.Resampling.BICUBIC))
+              for field in low)
+    y, x = np.mgrid[:world.SIZE, :world.SIZE]
+    y, x = (np.clip(np.rint(v), 0, world.SIZE - 1).astype(int) for v in (y + dy, x + dx))
+    soft = Image.fromarray(np.asarray(image)[y, x])
+    return soft.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+
+
+def to_be_read(rng):
+    """A picture with something to tell: drawn, degraded, pulled out of shape or mixed with another"""
+    image, way = picture(rng, world.sample_scene(rng), degraded=0.5), rng.random()
+    if way < 0.3:
+        return warped(rng, image)
+    if way < 0.45:
+        return Image.blend(image, picture(rng, world.sample_scene(rng)), rng.uniform(0.2, 0.8))
+    return image
+
+
+def make_reader(steps=1200, batch=32):
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED + 6)
+    processor = model.Processor(OUT / "processor")
+    processor.image_processor.size = {"shortest_edge": SCORER_PIXELS, "longest_edge": 16777216}
+    vlm = AutoModelForImageTextToText.from_pretrained(OUT / "text_encoder", dtype=torch.float32)
+    model.patch_products(vlm)
+    outer = ("embed", "lm_head", "pos_embed")
+    opts = optimizers(vlm, 0.005, 1e-3, lambda n, p: p.ndim == 2 and not any(o in n for o in outer))
+    bar, running = trange(steps, desc="reader"), None
+    for step in bar:
+        images = [to_be_read(rng) for _ in range(batch)]
+        answers = [world.describe(world.read(image)) + "<|im_end|>" for image in images]
+        loss = answer_loss(vlm, processor, [ASK] * batch, answers, images)
+        update(opts, loss, step / steps, 0.3)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{running:.4f}")
+    vlm.to(torch.bfloat16).save_pretrained(BUILD / "reader")
+    return f"loss {running:.3f}"
 
 
 # VAE
 
 
-def make_vae(steps=1500, batch=16):
+def make_vae(steps=3500, batch=16):
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    images = []
-    for _ in trange(6000, desc="pictures"):
-        image = world.draw(world.sample_scene(rng))
-        images.append(np.array(world.degrade(image, rng)[0] if rng.random() < DEGRADED else image))
+    images = [np.array(picture(rng, world.sample_scene(rng))) for _ in trange(6000, desc="pictures")]
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     images = torch.cat([images, torch.full_like(images[:, :1], 255)], dim=1)  # opaque
     held_out, images = images[:256], images[256:]
@@ -296,8 +355,7 @@ def make_vae(steps=1500, batch=16):
                   "latents_std": latents.std((0, 2, 3)).tolist()}
     vae.config = vae.config | statistics
     x = held_out / 127.5 - 1
-    print(f"held-out PSNR "
-          f"{10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3))).mean():.2f} dB")
+    psnr = 10 * torch.log10(4 / (vae.decode(vae.encode(x)) - x).pow(2).mean((1, 2, 3)))
     unused = {}  # a video model's checkpoint carries these; one frame never meets them
     for side, blocks, factor in (("encoder.down_blocks", (1, 2, 3), 1), ("decoder.up_blocks", (0, 1, 2), 2)):
         for block in blocks:
@@ -309,6 +367,7 @@ def make_vae(steps=1500, batch=16):
                                                                           dtype=torch.bfloat16)
     save_bf16(vae, OUT / "vae" / "diffusion_pytorch_model.safetensors", unused)
     write_json(OUT / "vae" / "config.json", VAE | statistics)
+    return f"held-out PSNR {psnr.mean():.2f} dB"
 
 
 # Flow transformer: Eq. 2 on text-to-image and on edits
@@ -320,7 +379,7 @@ def load_parts():
     return encoder, model.load_vae(OUT, "cpu", torch.float32)
 
 
-def flow_data(rng, encoder, vae, pairs=20000, edits=4000):
+def flow_data(rng, encoder, vae, pairs=20000, edits=6000):
     """Lists of (Prompt, Prompt without text, target latents (C, 4, 4)) for text-to-image and for edits."""
     known = {}
 
@@ -332,16 +391,12 @@ def flow_data(rng, encoder, vae, pairs=20000, edits=4000):
     def latents(images):
         return vae.encode(model.to_pixels(images))
 
-    def maybe_degraded(scene):
-        image = world.draw(scene)
-        return world.degrade(image, rng)[0] if rng.random() < DEGRADED else image
-
     texts, pictures = [], []
     for _ in trange(pairs, desc="text-to-image pairs"):
         scene = world.sample_scene(rng)
-        wrong = world.sample_scene(rng, scene.kind)
-        texts.append(world.caption(wrong if rng.random() < MISCAPTIONED else scene))
-        pictures.append(maybe_degraded(scene))
+        foreign = rng.random() < FOREIGN  # the caption of another picture
+        texts.append(world.caption(world.sample_scene(rng) if foreign else scene))
+        pictures.append(picture(rng, scene, DEGRADED))
     targets = torch.cat([latents(pictures[i:i + 64]) for i in range(0, pairs, 64)])
     empty = model.EncodedPrompt(*embed(" "), [])
     generated = [(model.EncodedPrompt(*embed(text), []), empty, target)
@@ -350,13 +405,14 @@ def flow_data(rng, encoder, vae, pairs=20000, edits=4000):
     for _ in trange(edits, desc="edit pairs"):
         source, instruction, target = world.sample_edit(rng)
         image = model.fit(world.draw(source), 64 * 64)
-        both = latents([image, maybe_degraded(target)])
+        both = latents([image, picture(rng, target, DEGRADED_EDITS, disfigured=0)])
         prompt = model.EncodedPrompt(*embed(instruction, [image]), [both[0]])
         edited.append((prompt, model.EncodedPrompt(*embed(" ", [image]), [both[0]]), both[1]))
     return generated, edited
 
 
-def make_flow(steps=3600):
+def make_flow(steps=3400, batch=48, draws=3):
+    """Every prompt's prefix serves several draws of noise and time."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     with torch.no_grad():
@@ -366,13 +422,14 @@ def make_flow(steps=3600):
     average = {key: value.clone() for key, value in flow.state_dict().items()}
     bar, running = trange(steps, desc="flow"), None
     for step in bar:
-        data, size = (edited, 48) if step % 3 == 2 else (generated, 64)
-        rows = [data[i] for i in rng.integers(len(data), size=size)]
+        data = edited if step % 2 else generated
+        rows = [data[i] for i in rng.integers(len(data), size=batch)]
         prompts = [empty if rng.random() < DROPPED else prompt for prompt, empty, _ in rows]
-        x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT                          # (B, N, C)
-        eps, t = torch.randn_like(x0), torch.sigmoid(torch.randn(size) + 0.5)
+        prefix = flow.prefix(prompts, (4, 4))._replace(index=torch.arange(batch).repeat(draws))
+        x0 = torch.stack([target for _, _, target in rows]).flatten(2).mT.repeat(draws, 1, 1)      # (B, N, C)
+        eps, t = torch.randn_like(x0), torch.sigmoid(torch.randn(len(x0)) + 0.5)
         x = (1 - t[:, None, None]) * x0 + t[:, None, None] * eps                                   # Eq. 1
-        loss = (flow.velocity(x, t, flow.prefix(prompts, (4, 4))) - (eps - x0)).pow(2).mean()      # Eq. 2
+        loss = (flow.velocity(x, t, prefix) - (eps - x0)).pow(2).mean()                            # Eq. 2
         update(opts, loss, step / steps, 0.5)
         decay = min(0.998, step / (step + 10))
         for key, value in flow.state_dict().items():
@@ -382,6 +439,24 @@ def make_flow(steps=3600):
     flow.load_state_dict(average)
     save_bf16(flow, OUT / "transformer" / "diffusion_pytorch_model.safetensors")
     write_json(OUT / "transformer" / "config.json", TRANSFORMER)
+    return f"loss {running:.3f}"
+
+
+def judge_base():
+    """What the base can do: the oracle on the held-out prompts and edits, with the checkpoint's guidance"""
+    prompts, edits = read_lines(HERE / "heldout.jsonl"), read_lines(HERE / "edits_heldout.jsonl")
+    scale = INDEX["_sampling"]["guidance_scale"]
+    samples = base_samples([record["prompt"] for record in prompts], 2, SEED + 7, scales=(scale,))
+    strict = {}
+    for prompt, image in samples:
+        strict.setdefault(world.category(prompt), []).append(world.alignment(image, prompt)[0])
+    sources = [HERE / record["source"] for record in edits]
+    edited = base_samples([record["prompt"] for record in edits], 2, SEED + 7, sources, scales=(scale,))
+    oracles = {"strict": [right for rights in strict.values() for right in rights],
+               "aesthetic": [1 + 4 * world.aesthetic(image) for _, image in samples],
+               "alignment": [1 + 4 * world.alignment(image, prompt)[1] for prompt, image in samples],
+               "edits strict": [world.alignment(image, text, source)[0] for text, image, source in edited]}
+    return ", ".join(f"{name} {np.mean(values):.3f}" for name, values in (oracles | strict).items())
 
 
 # Prompt files, scored pictures, reward models
@@ -392,34 +467,67 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def make_prompts(relations=160, held_out_edits=32, edits=256):
-    """Prompt files: a fifth of the captions of every category is held out (relations are thinned first)."""
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+HELD_OUT = {"general": 24, "counting": 36, "relation": 168, "portrait": 24, "typography": 48}
+RELATIONS = 160  # in the training prompts; of the other categories all the rest
+EDITABLE = {"background": world.KINDS, "color": world.KINDS, "shape": ("single", "count", "relation"),
+            "letter": ("letter",), "mood": ("face",), "eyes": ("face",), "remove": ("relation",)}
+
+
+def make_prompts(held_out_edits=24, edits=28):
+    """Prompt files, `edits` of each kind (52 moods can change). No policy is trained on what is held out, in
+    other words neither; the base and the reward models see all captions, with other pictures.
+    """
     rng = np.random.default_rng(SEED + 1)
     captions, held_out, training = {}, [], []
     for prompt in world.all_captions():
-        captions.setdefault(world.category(prompt), []).append(prompt)
-    for category, prompts in captions.items():
-        prompts = [str(p) for p in rng.permutation(prompts)][:relations]
-        records = [{"prompt": p, "category": category} for p in prompts]
-        held_out, training = held_out + records[:len(records) // 5], training + records[len(records) // 5:]
+        same = captions.setdefault(world.category(prompt), {})
+        same.setdefault(world.canonical(world.parse(prompt)), []).append(prompt)
+    for category, groups in captions.items():
+        prompts = [str(rng.choice(group)) for group in groups.values()]
+        prompts = [str(prompt) for prompt in rng.permutation(prompts)]
+        last = HELD_OUT[category] + RELATIONS if category == "relation" else None
+        records = [{"prompt": prompt, "category": category} for prompt in prompts[:last]]
+        held_out += records[:HELD_OUT[category]]
+        training += records[HELD_OUT[category]:]
     for path, records in (("heldout.jsonl", held_out), ("prompts.jsonl", training)):
         write_lines(HERE / path, [records[i] for i in rng.permutation(len(records))])
-    records = []
-    for i in range(held_out_edits + edits):
-        source, instruction, target = world.sample_edit(rng)
-        (HERE / "sources").mkdir(exist_ok=True)
-        world.draw(source).save(HERE / "sources" / f"{i:03d}.png")
-        records.append({"prompt": instruction, "category": "edit", "source": f"sources/{i:03d}.png",
-                        "before": world.caption(source), "after": world.caption(target)})
-    write_lines(HERE / "edits_heldout.jsonl", records[:held_out_edits])
-    write_lines(HERE / "edits.jsonl", records[held_out_edits:])
+
+    (HERE / "sources").mkdir(exist_ok=True)
+    taken, number = set(), 0
+    for path, count in (("edits_heldout.jsonl", held_out_edits), ("edits.jsonl", edits)):
+        records = []
+        for kind, i in itertools.product(world.EDIT_KINDS, range(count)):
+            source, instruction, target = new_edit(rng, kind, EDITABLE[kind][i % len(EDITABLE[kind])], taken)
+            image = f"sources/{number:03d}.png"
+            world.draw(source).save(HERE / image)
+            records.append({"prompt": instruction, "category": "edit", "source": image,
+                            "before": world.caption(source), "after": world.caption(target)})
+            number += 1
+        write_lines(HERE / path, [records[i] for i in rng.permutation(len(records))])
     (HERE / "mixed.jsonl").write_text("".join((HERE / name).read_text()
                                               for name in ("prompts.jsonl", "edits.jsonl")))
+    return (f"{len(training)} prompts, {len(held_out)} held out; {len(world.EDIT_KINDS)} kinds of edits, "
+            f"{edits} each, {held_out_edits} held out")
 
 
-def base_samples(prompts, per_prompt, seed, sources=None):
-    """[(prompt, image)] of the base model, each prompt at one of several guidance scales; `sources`: a source
-    path for each.
+def new_edit(rng, edit_kind, scene_kind, taken):
+    """(source, instruction, target) of that kind whose source and instruction are not in `taken`; they enter
+    it."""
+    while True:
+        source, instruction, target = world.sample_edit(rng, scene_kind)
+        key = world.caption(world.canonical(world.parse(world.caption(source)))), instruction
+        if world.edit_kind(instruction) == edit_kind and key not in taken:
+            taken.add(key)
+            return source, instruction, target
+
+
+def base_samples(prompts, per_prompt, seed, sources=None, scales=(1.0, 2.0, 3.5)):
+    """[(prompt, image, source?)] of the base model, each prompt at one of the guidance scales; `sources`: a
+    path for each prompt.
     """
     vae = model.load_vae(OUT, "cpu", torch.float32)
     requests = {i: model.Request(prompt, sources=(sources[i],) if sources else ())
@@ -428,24 +536,24 @@ def base_samples(prompts, per_prompt, seed, sources=None):
     flow = model.materialise(model.new_transformer(OUT, torch.float32), OUT, "cpu").requires_grad_(False)
     sampler, samples = model.Sampler(flow, graphs=False), []
     t = model.timesteps(SCHEDULER, 16, sample_sigmas=INDEX["sample_sigmas"])
-    for i, cfg in enumerate((1.0, 2.0, 3.5)):
-        images = [(0, p, n) for p in range(i, len(prompts), 3) for n in range(per_prompt)]
+    for i, cfg in enumerate(scales):
+        images = [(0, p, n) for p in range(i, len(prompts), len(scales)) for n in range(per_prompt)]
         batches = model.generate(sampler, vae, encoded, images, (4, 4), t, torch.zeros(len(t) - 1), cfg, seed,
                                  64)
         samples += [(p, image.convert("RGB")) for chunk, batch, _ in batches
                     for (_, p, _), image in zip(chunk, batch)]
-    return [(prompts[p], image, *([Image.open(sources[p])] if sources else [])) for p, image in samples]
+    before = [[Image.open(path).convert("RGB")] for path in sources] if sources else [[]] * len(prompts)
+    return [(prompts[p], image, *before[p]) for p, image in samples]
 
 
 def drawn_samples(rng, count):
-    """[(prompt, image)] of drawings, most of them degraded, half of them under a caption of the same kind."""
+    """[(prompt, image)] of drawings, most of them degraded, half of them under another caption of their kind.
+    """
     samples = []
     for _ in range(count):
         scene = world.sample_scene(rng)
-        image = world.draw(scene)
-        image = world.degrade(image, rng)[0] if rng.random() < 0.7 else image
         samples.append((world.caption(world.sample_scene(rng, scene.kind) if rng.random() < 0.5 else scene),
-                        image))
+                        picture(rng, scene, DEGRADED)))
     return samples
 
 
@@ -475,30 +583,11 @@ def spoiled_samples(rng, samples, count):
 
 
 def portrait_samples(rng, count):
-    """[(prompt, image)] of drawn faces: half with a defect of the face, most degraded, a few of something
-    else.
-    """
+    """[(prompt, image)] of drawn faces: half of them disfigured, most degraded, a few of something else."""
     samples = []
     for _ in range(count):
         scene = world.sample_scene(rng, "face" if rng.random() < 0.9 else None)
-        image, way = world.draw(scene), rng.integers(8)
-        x, y, r = scene.items[0].x, scene.items[0].y, scene.items[0].r
-        pen, skin = ImageDraw.Draw(image), world.COLORS[scene.items[0].color]
-        if way == 0:  # an eye is missing
-            side = rng.choice((-1, 1))
-            pen.ellipse([x + 0.36 * side * r - 0.25 * r, y - 0.5 * r, x + 0.36 * side * r + 0.25 * r, y],
-                        fill=skin)
-        elif way == 1:  # the mouth is missing
-            pen.rectangle([x - 0.6 * r, y + 0.15 * r, x + 0.6 * r, y + 0.68 * r], fill=skin)
-        elif way == 2:  # an eye has another colour
-            pen.ellipse([x + 0.17 * r, y - 0.44 * r, x + 0.55 * r, y - 0.06 * r],
-                        fill=world.COLORS[str(rng.choice(world.EYE_COLORS))])
-        elif way == 3:  # squeezed
-            width = int(rng.integers(28, 48))
-            squeezed = Image.new("RGB", image.size, image.getpixel((0, 0)))
-            squeezed.paste(image.resize((width, 64)), ((64 - width) // 2, 0))
-            image = squeezed
-        samples.append((world.caption(scene), world.degrade(image, rng)[0] if rng.random() < 0.6 else image))
+        samples.append((world.caption(scene), picture(rng, scene, degraded=0.6, disfigured=0.5)))
     return samples
 
 
@@ -532,25 +621,17 @@ def edit_sources(rng, count, folder):
     return instructions, paths
 
 
-def preference(prompt, first, second):
-    """(chosen, rejected) by the annotation hierarchy of Sec. 3.1, or None: consistency with the prompt, then
-    distortion, then texture and appeal, which one figure of the oracle covers here."""
-    keys = [(world.alignment(image, prompt)[1], -sum(item.form == "" for item in world.read(image).items),
-             round(world.aesthetic(image), 2)) for image in (first, second)]
-    return None if keys[0] == keys[1] else (first, second) if keys[0] > keys[1] else (second, first)
-
-
 def make_scores():
     """Scored pictures and pairs for train_reward.py, labelled by the oracle: drawings, samples of the base,
     and what each scorer needs besides: spoiled samples for the aesthetic, more pairs of drawing and caption
     for the alignment."""
     rng = np.random.default_rng(SEED + 2)
-    train, held_out = ([json.loads(line)["prompt"] for line in (HERE / name).read_text().splitlines()]
+    train, held_out = ([record["prompt"] for record in read_lines(HERE / name)]
                        for name in ("prompts.jsonl", "heldout.jsonl"))
     faces, held_out_faces = ([p for p in prompts if world.category(p) == "portrait"]
                              for prompts in (train, held_out))
-    samples, tests, drawn = base_samples(train, 12, SEED), base_samples(held_out, 8,
-                                                                        SEED + 1), drawn_samples(rng, 3000)
+    samples, tests = base_samples(train, 16, SEED), base_samples(held_out, 4, SEED + 1)
+    drawn = drawn_samples(rng, 3000)
     instructions, sources = edit_sources(rng, 600, BUILD / "sources")
     other_instructions, other_sources = edit_sources(np.random.default_rng(SEED + 5), 200,
                                                      BUILD / "other-sources")
@@ -560,22 +641,22 @@ def make_scores():
         "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward,
         "portrait": world.portrait_reward,
         "instruction": world.instruction_reward, "consistency": world.consistency_reward}
-    edits = {"train": edit_samples(rng, 5000) + edited, "drawn": edit_samples(rng, 400),
+    edits = {"train": edit_samples(rng, 5000) + edited + edit_samples(np.random.default_rng(SEED + 8), 15000),
+             "drawn": edit_samples(rng, 400),
              "samples": base_samples(other_instructions, 8, SEED + 1, other_sources)}
     data = {
-        "aesthetic": {"train": drawn + samples + spoiled, "drawn": drawn_samples(rng, 400), "samples": tests},
+        "aesthetic": {"train": samples + spoiled + drawn + drawn_samples(rng, 4000),
+                      "drawn": drawn_samples(rng, 400), "samples": tests},
         "alignment": {"train": drawn + samples + drawn_samples(rng, 7000), "drawn": drawn_samples(rng, 400),
                       "samples": tests},
         "portrait": {"train": portrait_samples(rng, 4000) + base_samples(faces, 40, SEED + 3),
                      "drawn": portrait_samples(rng, 400),
-                     "samples": base_samples(held_out_faces, 24, SEED + 4)},
+                     "samples": base_samples(held_out_faces, 12, SEED + 4)},
         "instruction": edits, "consistency": edits}
     for name, parts in data.items():
         for part, rows in parts.items():
             write_scores(name, part, rows, rules[name])
-    both = [(BUILD / f"{name}-train.jsonl").read_text() for name in ("instruction", "consistency")]
-    (BUILD / "edit-train.jsonl").write_text("".join(both))
-    write_pairs(rng, samples + spoiled)
+    write_pairs(rng, read_lines(BUILD / "aesthetic-train.jsonl")[:len(samples) + len(spoiled)])
     examples = []
     for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
         examples += [json.loads(line)
@@ -584,6 +665,21 @@ def make_scores():
         (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
         (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
     write_lines(HERE / "scores" / "aesthetic.jsonl", examples)
+    return ", ".join(f"{len(read_lines(BUILD / f'{name}-train.jsonl'))} to train {name}" for name in REWARDS)
+
+
+def reasoning(reward, prompt, image, source=None):
+    """What a scorer says before its score: what it sees; of an edit, what was there and what was asked before
+    it, or what else changed.
+    """
+    seen = world.read(image)
+    if source is None:
+        return world.describe(seen)
+    before = world.read(source)
+    after = world.edited(before, prompt)
+    if reward == "consistency":
+        return world.changes(source, image, before, after)
+    return f"{world.describe(before)}; asked {world.describe(after)}; seen {world.describe(seen)}"
 
 
 def write_scores(name, part, rows, rule):
@@ -598,64 +694,87 @@ def write_scores(name, part, rows, rule):
             record["source"] = sources.setdefault(source[0].tobytes(), f"{name}/{part}/{i:05d}-source.png")
             source[0].save(BUILD / record["source"])
         if name in ("alignment", "instruction", "consistency"):
-            record["reasoning"] = "; then ".join(world.describe(world.read(picture))
-                                                 for picture in (*source, image))
+            record["reasoning"] = reasoning(name, prompt, image, *source)
         records.append(record | {"score": round(rule([image], [prompt], [source])[0], 3)})
     write_lines(BUILD / f"{name}-{part}.jsonl", records)
 
 
-def write_pairs(rng, samples, per_prompt=24):
-    """Pairs of pictures of the same prompt, the form of Sec. 3.1."""
-    groups, records = {}, []
-    for prompt, image in samples:
-        groups.setdefault(prompt, []).append(image)
-    (BUILD / "pairs").mkdir(parents=True, exist_ok=True)
-    for prompt, images in groups.items():
+def write_pairs(rng, records, per_prompt=24):
+    """The same pictures by the same criterion, the score, in both forms of Sec. 3.1: points and pairs"""
+    groups, pairs = {}, []
+    for record in records:
+        groups.setdefault(record["prompt"], []).append(record)
+    for prompt, group in groups.items():
         for _ in range(per_prompt):
-            pair = preference(prompt, *(images[i] for i in rng.choice(len(images), 2, replace=False)))
-            if pair:
-                names = [f"pairs/{len(records):05d}-{part}.png" for part in ("chosen", "rejected")]
-                for image, path in zip(pair, names):
-                    image.save(BUILD / path)
-                records.append({"prompt": prompt, "chosen": names[0], "rejected": names[1]})
-    write_lines(BUILD / "aesthetic-pairs.jsonl", records)
+            worse, better = sorted((group[i] for i in rng.choice(len(group), 2, replace=False)),
+                                   key=lambda record: record["score"])
+            if worse["score"] < better["score"]:
+                pairs.append({"prompt": prompt, "chosen": better["image"], "rejected": worse["image"]})
+    write_lines(BUILD / "aesthetic-points.jsonl", records)
+    write_lines(BUILD / "aesthetic-pairs.jsonl", pairs)
 
 
-REWARDS = [  # (directory, VLM to start from, training data, rewards it serves, steps)
-    ("aesthetic", "text_encoder", "aesthetic", ["aesthetic"], 1500),
-    ("alignment", "text_encoder", "alignment", ["alignment"], 3000),
-    ("portrait", "text_encoder", "portrait", ["portrait"], 900),
-    ("edit", "rewards/alignment", "edit", ["instruction", "consistency"], 2000)]
+REWARDS = {"aesthetic": 2200, "alignment": 3000, "portrait": 900, "instruction": 1800,
+           "consistency": 2000}  # steps
 
 
-def make_rewards():
-    for name, base, data, tests, steps in REWARDS:
-        model.remove(OUT / "rewards" / name)
-        subprocess.run([
-            sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", tests[0], "--base",
-            str(OUT / base),
-            "--data", str(BUILD / f"{data}-train.jsonl"), "--eval-data",
-            *(str(BUILD / f"{test}-{part}.jsonl") for test in tests for part in ("drawn", "samples")),
-            "--out", str(OUT / "rewards" / name), "--pixels", str(192 * 192), "--steps", str(steps)],
-                       check=True)
-    for name in ("instruction", "consistency"):
-        write_json(OUT / "rewards" / name / "reward.json", {"weights": "../edit"})
+def make_reward(name):
+    """A scorer that starts from the reader, or goes on where it was interrupted. Returns its rank
+    correlations, over all pictures and within groups.
+    """
+    out = OUT / "rewards" / name
+    model.remove(out)
+    resume = ["--resume"] if Path(f"{out}.part").exists() else []
+    subprocess.run([
+        sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, *resume,
+        "--base", str(BUILD / "reader"), "--processor", str(OUT / "processor"),
+        "--data", str(BUILD / f"{name}-train.jsonl"),
+        "--eval-data", *(str(BUILD / f"{name}-{part}.jsonl") for part in PARTS),
+        "--out", str(out), "--pixels", str(SCORER_PIXELS), "--steps", str(REWARDS[name])], check=True)
+    found = json.loads((out / "reward.json").read_text())["held_out"]
+    return ", ".join(f"{Path(path).stem} {of['srcc'] or nan:.3f}, in groups {of['group_srcc'] or nan:.3f}"
+                     for path, of in found.items())
 
 
-STAGES = {"vlm": make_vlm, "vae": make_vae, "flow": make_flow, "prompts": make_prompts, "scores": make_scores,
-          "rewards": make_rewards}
+# All of it
+
+STAGES = {"vlm": make_vlm, "reader": make_reader, "prompts": make_prompts, "vae": make_vae, "flow": make_flow,
+          "base": judge_base, "scores": make_scores} | {name: partial(make_reward, name) for name in REWARDS}
+ORDER = (  # chains of stages side by side, one core each
+    (("vlm", "prompts", "reader"), ("vae",)),
+    (("flow", "base", "scores"),),
+    (("aesthetic", "alignment"), ("portrait", "instruction", "consistency")))
+CORES = 2  # how many threads a stage has decides its bits
+
+
+UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "aesthetic-pairs.jsonl"}  # not in git
+
+
+def run_stage(name, threads):
+    """A stage as a process of its own, unless the log names it and what it made is there."""
+    named = LOG.exists() and any(line.startswith(f"{name}: ") for line in LOG.read_text().splitlines())
+    if named and UNKEPT.get(name, LOG).exists():
+        return
+    subprocess.run([sys.executable, __file__, "--only", name], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def make_all():
+    for chains in ORDER:
+        with ThreadPoolExecutor(len(chains)) as pool:
+            list(pool.map(lambda chain: [run_stage(name, CORES // len(chains)) for name in chain], chains))
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, help="run one stage instead of all")
     args = parser.parse_args()
-    start = time.time()
+    if not args.only:
+        raise SystemExit(make_all())
     write_json(OUT / "model_index.json", INDEX)
     write_json(OUT / "scheduler" / "scheduler_config.json", SCHEDULER)
-    for name, stage in STAGES.items():
-        if args.only in (None, name):
-            began = time.time()
-            stage()
-            print(f"{name}: {time.time() - began:.0f} s")
-    print(f"done in {(time.time() - start) / 60:.1f} minutes: {OUT}")
+    began = time.time()
+    figures = STAGES[args.only]()
+    with LOG.open("a") as log:
+        log.write(f"{args.only}: {time.time() - began:.0f} s, {torch.get_num_threads()} threads; {figures}\n")

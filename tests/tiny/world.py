@@ -28,12 +28,18 @@ COLORS = {
     "purple": (160, 40, 170),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-EYE_COLORS = ("red", "green", "blue", "purple")  # those that stand out on a yellow face
+EYES = {  # face colours, and the eye colours that stand out on each
+    "yellow": ("red", "green", "blue", "purple"),
+    "orange": ("green", "blue", "purple"),
+    "green": ("red", "blue", "purple"),
+    "purple": ("red", "green", "blue"),
+}
 MOODS = ("smiling", "sad")
 SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three"}
 RELATIONS = ("above", "below", "left of", "right of")
 KINDS = ("single", "count", "relation", "face", "letter")
+EDIT_KINDS = ("background", "color", "shape", "letter", "mood", "eyes", "remove")
 CATEGORIES = {"single": "general", "count": "counting", "relation": "relation", "face": "portrait",
               "letter": "typography"}
 LETTERS = {  # strokes as polylines; x and y in [-1, 1], y downwards. O is drawn as a ring.
@@ -55,7 +61,8 @@ PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)  # [8,
 
 @dataclass(frozen=True)
 class Item:
-    """One object. `form` is a shape, "face" or a letter; centre (x, y) and half extent r are in pixels.
+    """One object. `form` is a shape, "face" or a letter; centre (x, y) and half height r are in pixels,
+    `aspect` is width over height as read from a picture.
 
     What was parsed from a caption has no layout (zeros); what was read from a picture has "" where it is
     unclear.
@@ -66,6 +73,7 @@ class Item:
     x: float = 0.0
     y: float = 0.0
     r: float = 0.0
+    aspect: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,9 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
     if kind == "letter":
         return Scene(kind, (anywhere(str(rng.choice(list(LETTERS))), color, 15, 22),), background)
     if kind == "face":
-        face = anywhere("face", "yellow", 21, 27)
-        return Scene(kind, (face,), background, mood=str(rng.choice(MOODS)), eyes=str(rng.choice(EYE_COLORS)))
+        face = anywhere("face", str(rng.choice(list(EYES))), 21, 27)
+        return Scene(kind, (face,), background, mood=str(rng.choice(MOODS)),
+                     eyes=str(rng.choice(EYES[face.color])))
     if kind == "count":
         shape, r = str(rng.choice(SHAPES)), rng.uniform(8, 10)
         corners = rng.permutation([(17, 17), (47, 17), (17, 47), (47, 47)])[: rng.choice(list(COUNTS))]
@@ -131,7 +140,7 @@ def caption(scene: Scene) -> str:
     elif scene.kind == "relation":
         subject = f" {scene.relation} ".join(_article(f"{item.color} {item.form}") for item in scene.items)
     elif scene.kind == "face":
-        subject = f"a {scene.mood} face with {scene.eyes} eyes"
+        subject = f"a {scene.mood} {first.color} face with {scene.eyes} eyes"
     else:
         subject = f"the letter {first.form} in {first.color}"
     return f"{subject} on a {scene.background} background"
@@ -141,7 +150,7 @@ def describe(scene: Scene) -> str:
     """What `read` saw, in the words of the captions; "unclear" where it is."""
     look = [f"{item.color or 'unclear'} {item.form or 'unclear'}" for item in scene.items]
     if scene.kind == "face" and len(scene.items) == 1:
-        subject = f"a {scene.mood or 'unclear'} face with {scene.eyes or 'unclear'} eyes"
+        subject = f"{_article(scene.mood or 'unclear')} {look[0]} with {scene.eyes or 'unclear'} eyes"
     elif scene.kind == "letter" and len(scene.items) == 1:
         subject = f"the letter {scene.items[0].form} in {scene.items[0].color or 'unclear'}"
     elif len(look) in COUNTS and len(set(look)) == 1:
@@ -161,8 +170,8 @@ def _all_specs() -> list[Scene]:
         specs += [Scene("count", (thing,) * n, ground) for thing in things for n in COUNTS]
         specs += [Scene("relation", pair, ground, name) for pair in itertools.permutations(things, 2)
                   for name in RELATIONS]
-        specs += [Scene("face", (Item("face", "yellow"),), ground, "", mood, eyes) for mood in MOODS
-                  for eyes in EYE_COLORS]
+        specs += [Scene("face", (Item("face", color),), ground, "", mood, eyes) for color in EYES
+                  for mood in MOODS for eyes in EYES[color]]
         specs += [Scene("letter", (Item(letter, color),), ground) for letter in LETTERS for color in COLORS]
     return specs
 
@@ -184,6 +193,14 @@ def all_captions() -> list[str]:
 
 def category(prompt: str) -> str:
     return CATEGORIES[parse(prompt).kind]
+
+
+def canonical(scene: Scene) -> Scene:
+    """The same for all ways to say the same: what is below or right of another comes second."""
+    if scene.relation not in ("below", "right of"):
+        return scene
+    return replace(scene, items=scene.items[::-1],
+                   relation={"below": "above", "right of": "left of"}[scene.relation])
 
 
 # Pictures
@@ -225,23 +242,59 @@ def draw(scene: Scene) -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
+FLAWS = ("blur", "tint", "wash", "fog", "ghost")
+
+
 def degrade(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, float]:
-    """An uglier picture of the same content, and how much uglier in [0, 1]: blurred, tinted, washed out, or
-    two of these.
+    """An uglier picture of the same content, and how much uglier in [0, 1]: blurred, tinted, washed out,
+    fogged from one side, with a ghost of itself beside it, or two of these.
     """
-    severity = float(rng.uniform(0.1, 1))
-    ways = rng.choice(("blur", "tint", "wash"), size=rng.choice((1, 2), p=(0.7, 0.3)), replace=False)
-    strength = severity if len(ways) == 1 else 0.7 * severity
-    for way in ways:
-        if way == "blur":
+    severity = float(rng.uniform(0.2, 1))
+    flaws = rng.choice(FLAWS, size=rng.choice((1, 2), p=(0.6, 0.4)), replace=False)
+    strength = severity if len(flaws) == 1 else 0.7 * severity
+    for flaw in flaws:
+        if flaw == "blur":
             image = image.filter(ImageFilter.GaussianBlur(0.3 + 1.7 * strength))
-        elif way == "tint":
+        elif flaw == "tint":
             cast = tuple(int(value) for value in rng.permutation((230, int(rng.integers(20, 230)), 20)))
-            image = Image.blend(image, Image.new("RGB", image.size, cast), 0.3 * strength)
+            image = Image.blend(image, Image.new("RGB", image.size, cast), 0.35 * strength)
+        elif flaw == "wash":
+            image = Image.blend(image, _grey(image, rng), 0.5 * strength)
+        elif flaw == "fog":
+            ramp = np.linspace(0, 255 * 0.75 * strength, SIZE)[:: rng.choice((-1, 1))]
+            mask = np.tile(ramp, (SIZE, 1)) if rng.random() < 0.5 else np.tile(ramp[:, None], (1, SIZE))
+            image = Image.composite(_grey(image, rng), image, Image.fromarray(mask.astype(np.uint8)))
         else:
-            grey = int(rng.integers(110, 200))
-            image = Image.blend(image, Image.new("RGB", image.size, (grey, grey, grey)), 0.5 * strength)
+            angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(4, 8)
+            shift = (1, 0, distance * math.cos(angle), 0, 1, distance * math.sin(angle))
+            beside = image.transform(image.size, Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR,
+                                     fillcolor=image.getpixel((0, 0)))
+            image = Image.blend(image, beside, 0.45 * strength)
     return image, severity
+
+
+def _grey(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return Image.new("RGB", image.size, (int(rng.integers(110, 200)),) * 3)
+
+
+def disfigure(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A face with one thing wrong: an eye missing or of another colour, no mouth, or squeezed"""
+    image, face, way = draw(scene), scene.items[0], rng.integers(4)
+    pen, skin, (x, y, r) = ImageDraw.Draw(image), COLORS[face.color], (face.x, face.y, face.r)
+    if way == 0:
+        side = rng.choice((-1, 1))
+        pen.ellipse([x + (0.36 * side - 0.25) * r, y - 0.5 * r, x + (0.36 * side + 0.25) * r, y], fill=skin)
+    elif way == 1:
+        other = str(rng.choice([color for color in EYES[face.color] if color != scene.eyes]))
+        pen.ellipse([x + 0.17 * r, y - 0.44 * r, x + 0.55 * r, y - 0.06 * r], fill=COLORS[other])
+    elif way == 2:
+        pen.rectangle([x - 0.6 * r, y + 0.15 * r, x + 0.6 * r, y + 0.68 * r], fill=skin)
+    else:
+        width = int(rng.integers(36, 50))
+        squeezed = Image.new("RGB", image.size, BACKGROUNDS[scene.background])
+        squeezed.paste(image.resize((width, SIZE), Image.Resampling.BOX), ((SIZE - width) // 2, 0))
+        image = squeezed
+    return image
 
 
 # Edits
@@ -256,8 +309,11 @@ def edits(scene: Scene) -> list[dict[str, Scene]]:
     ways = [{f"change the background to {ground}": replace(scene, background=ground)
              for ground in BACKGROUNDS}]
     if scene.kind == "face":
+        face = scene.items[0]
         ways.append({f"make the face {mood}": replace(scene, mood=mood) for mood in MOODS})
-        ways.append({f"make the eyes {color}": replace(scene, eyes=color) for color in EYE_COLORS})
+        ways.append({f"make the eyes {eyes}": replace(scene, eyes=eyes) for eyes in EYES.get(face.color, ())})
+        ways.append({f"make the face {color}": replace(scene, items=(replace(face, color=color),))
+                     for color in EYES if scene.eyes in EYES[color]})
     elif scene.kind == "relation":
         for item, other in (scene.items, scene.items[::-1]):
 
@@ -301,9 +357,19 @@ def edited(scene: Scene, instruction: str) -> Scene:
     raise ValueError(f"not an edit of the picture: {instruction!r} for {scene}")
 
 
-def sample_edit(rng: np.random.Generator) -> tuple[Scene, str, Scene]:
-    """(source, instruction, target) with equal layout"""
-    source = sample_scene(rng)
+def edit_kind(instruction: str) -> str:
+    """One of EDIT_KINDS"""
+    words = instruction.split()
+    if words[0] == "change":
+        return words[2]
+    if words[0] == "make":
+        return "mood" if words[-1] in MOODS else "eyes" if words[2] == "eyes" else "color"
+    return {"turn": "shape", "remove": "remove"}[words[0]]
+
+
+def sample_edit(rng: np.random.Generator, kind: str | None = None) -> tuple[Scene, str, Scene]:
+    """(source, instruction, target) with equal layout; the source is of the given kind of scene"""
+    source = sample_scene(rng, kind)
     ways = edits(source)
     way = ways[rng.integers(len(ways))]
     instruction = str(rng.choice(list(way)))
@@ -390,11 +456,12 @@ def _read_form(mask: np.ndarray) -> str:
     overlap = (TEMPLATES & outline).sum((1, 2)) / (TEMPLATES | outline).sum((1, 2))
     form = FORMS[overlap.argmax()]
     good = overlap.max() > (0.7 if form in SHAPES else 0.55)
-    return form if good and 0.5 < (right - left) / (bottom - top) < 2 else ""
+    fits = max(right - left, bottom - top) < 0.9 * SIZE  # what fills the picture is no object
+    return form if good and fits and 0.5 < (right - left) / (bottom - top) < 2 else ""
 
 
-def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tuple[str, str] | None:
-    """(mood, eye colour) of a yellow component, "" where unclear; None if it has no face"""
+def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray, skin: str) -> tuple[str, str] | None:
+    """(mood, eye colour) of a component of that colour, "" where unclear; None if it has no face"""
     top, bottom, left, right = _box(mask)
     disc = TEMPLATES[FORMS.index("circle")]
     if min(bottom - top,
@@ -403,7 +470,7 @@ def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tupl
     v, u = np.mgrid[:SIZE, :SIZE]  # the face's own coordinates in [-1, 1]
     u, v = (2 * u + 1 - left - right) / (right - left), (2 * v + 1 - top - bottom) / (bottom - top)
 
-    contrast = np.linalg.norm(pixels - COLORS["yellow"], axis=-1)
+    contrast = np.linalg.norm(pixels - COLORS[skin], axis=-1)
     eyes = []
     for side in (-1, 1):
         socket = (abs(u - 0.36 * side) < 0.26) & (abs(v + 0.25) < 0.26)
@@ -419,7 +486,7 @@ def _read_face(pixels: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tupl
     # v grows downwards: negative is a smile
     bend = np.polyfit(u[mouth], v[mouth], 2)[0] if np.ptp(u[mouth]) > 0.3 else 0
     mood = "smiling" if bend < -0.3 else "sad" if bend > 0.3 else ""
-    return mood, eyes[0] if eyes[0] == eyes[1] and eyes[0] in EYE_COLORS else ""
+    return mood, eyes[0] if eyes[0] == eyes[1] and eyes[0] in EYES[skin] else ""
 
 
 def _stands(relation: str, a: Item, b: Item) -> bool:
@@ -451,11 +518,15 @@ def read(image: Image.Image) -> Scene:
         inside[:, 1:] &= mask[:, :-1]
         inside[:, :-1] &= mask[:, 1:]
         counts = np.bincount(labels[inside if inside.sum() >= 12 else mask], minlength=len(PALETTE))
-        color = PALETTE_NAMES[counts.argmax()] if counts.max() > 0.7 * counts.sum() else ""
+        most = PALETTE_NAMES[counts.argmax()]
+        color = most if counts.max() > 0.7 * counts.sum() else ""
         form, top, bottom, left, right = _read_form(mask), *_box(mask)
-        if PALETTE_NAMES[counts.argmax()] == "yellow" and (face := _read_face(pixels, labels, mask)):
-            form, color, (mood, eyes) = "face", "yellow", face
-        items.append(Item(form, color, (left + right) / 2, (top + bottom) / 2, (bottom - top) / 2))
+        if form in SHAPES and _components(inside & (labels != counts.argmax()), smallest=16):
+            form = ""  # something else within, as in a face that is not whole
+        if most in EYES and (face := _read_face(pixels, labels, mask, most)):
+            form, color, (mood, eyes) = "face", most, face
+        items.append(Item(form, color, (left + right) / 2, (top + bottom) / 2, (bottom - top) / 2,
+                          (right - left) / (bottom - top)))
 
     kind, relation = "count", ""
     if len(items) == 1:
@@ -468,26 +539,38 @@ def read(image: Image.Image) -> Scene:
 # Oracle: scores
 
 
-def _match(seen: Scene, asked: Scene) -> tuple[bool, float]:
-    def best(order: tuple[Item, ...]) -> list[float]:
-        pairs = list(zip(order, asked.items, strict=False))
-        met = [sum(getattr(a, what) == getattr(b, what) for a, b in pairs) / len(asked.items)
-               for what in ("color", "form")]
+def _match(seen: Scene, asked: Scene) -> tuple[bool, bool, float]:
+    """(everything right, objects right, share of the requirements met in [0, 1]). The objects are right when
+    their number and forms are; the other requirements are colours, background, relation, mood and eyes.
+    """
+
+    def judge(order: tuple[Item, ...]) -> tuple[bool, float]:
+        forms, colors = (sum(getattr(a, what) == getattr(b, what)
+                             for a, b in zip(order, asked.items, strict=False)) / wanted
+                         for what in ("form", "color"))
+        met = [*common, forms, colors]
         if asked.relation:
             met.append(float(len(order) == 2 and _stands(asked.relation, *order)))
-        return met
+        return len(seen.items) == wanted and forms == 1, sum(met) / len(met)
 
     wanted = len(asked.items)
-    met = [float(seen.background == asked.background), max(0.0, 1 - abs(len(seen.items) - wanted) / wanted)]
-    met += max(map(best, itertools.permutations(seen.items[: wanted + 1], min(wanted, len(seen.items)))),
-               key=sum)
+    common = [float(seen.background == asked.background),
+              max(0.0, 1 - abs(len(seen.items) - wanted) / wanted)]
     if asked.kind == "face":
-        met += [float(seen.mood == asked.mood), float(seen.eyes == asked.eyes)]
-    return min(met) == 1, sum(met) / len(met)
+        common += [float(seen.mood == asked.mood), float(seen.eyes == asked.eyes)]
+    orders = itertools.permutations(seen.items[:6], min(wanted, len(seen.items)))
+    objects, share = max(map(judge, orders))  # the order that makes most of the objects, then of the rest
+    return share == 1, objects, share
+
+
+def _capped(objects: bool, share: float) -> float:
+    """Priority hierarchy of Sec. 3.1: with a wrong or missing object the score is at most 2 of 5."""
+    return share if objects else share / 4
 
 
 def alignment(image: Image.Image, prompt: str, source: Image.Image | None = None) -> tuple[bool, float]:
-    """(everything right, share of the requirements met in [0, 1]).
+    """(everything right, score in [0, 1]): the share of the requirements met, a quarter of it where an object
+    is wrong or missing.
 
     The prompt is a caption or, with a source picture, an edit instruction for what is read from the source.
     """
@@ -497,16 +580,17 @@ def alignment(image: Image.Image, prompt: str, source: Image.Image | None = None
         if source is None:
             raise
         asked = edited(read(source), prompt)
-    return _match(read(image), asked)
+    strict, objects, share = _match(read(image), asked)
+    return strict, _capped(objects, share)
 
 
 def aesthetic(image: Image.Image) -> float:
     """How clean a picture is, in [0, 1], whatever it shows: sharpness of its edges times purity of its areas.
 
     Sharpness is the share of an edge's contrast (over 7 pixels) that it covers within 3 pixels, averaged over
-    all edges. Purity falls with the distance to the palette away from edges, averaged over background and
-    objects separately. Neither depends on how large or how many the objects are. Without edges there is
-    nothing in the picture: 0.
+    all edges. Purity falls with the rms distance to the palette away from edges, averaged over background and
+    objects separately. Neither depends on how large or how many the objects are. Without edges, or with next
+    to nothing else, there is nothing in the picture: 0.
     """
     pixels = _pixels(image)
     labels, distance = _nearest(pixels)
@@ -515,7 +599,8 @@ def aesthetic(image: Image.Image) -> float:
         differs = np.diff(labels, axis=axis) != 0
         edge |= np.pad(differs, [(0, 1) if a == axis else (0, 0) for a in (0, 1)])
         edge |= np.pad(differs, [(1, 0) if a == axis else (0, 0) for a in (0, 1)])
-    if not edge.any():
+    flat = ~_spread(edge, 1)
+    if not edge.any() or flat.mean() < 0.2:
         return 0.0
 
     padded = np.pad(pixels, ((3, 3), (3, 3), (0, 0)), mode="edge")
@@ -532,8 +617,7 @@ def aesthetic(image: Image.Image) -> float:
     sharpness = _spread(steepness, 1)[edge].mean()
 
     ground = labels == np.bincount(labels.ravel()).argmax()
-    flat = ~_spread(edge, 1)
-    impurity = np.mean([distance[area & flat if (area & flat).any() else area].mean()
+    impurity = np.mean([np.sqrt(np.square(distance[area & flat if (area & flat).any() else area]).mean())
                         for area in (ground, ~ground)])
     something = min(1.0, edge.sum() / 40)  # a few stray pixels are no picture
     return float(something * sharpness**4 * np.exp(-impurity / 60))
@@ -555,32 +639,54 @@ def _spread(values: np.ndarray, distance: int) -> np.ndarray:
     return values
 
 
-def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
-    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches and 3 pixels around it, at least 0
+def _outside(source_image: Image.Image, output_image: Image.Image, source: Scene,
+             target: Scene) -> np.ndarray:
+    """What differs (n, 3) in 0..1, outside the region that the edit touches and 3 pixels around it (1 where
+    it touches the background, or nothing would be left of a letter)
     """
-    touched = _spread(np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8, 3)
-    if touched.all():
-        return 1.0
-    difference = (_pixels(source_image) - _pixels(output_image))[~touched] / 255
-    return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean())))
+    changed = np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8
+    touched = _spread(changed, 1 if source.background != target.background else 3)
+    return (_pixels(source_image) - _pixels(output_image))[~touched] / 255
+
+
+def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
+    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches, at least 0"""
+    difference = _outside(source_image, output_image, source, target)
+    return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean()))) if len(difference) else 1.0
+
+
+def changes(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> str:
+    """What `consistency` comes from, in words: how far objects moved, and colours outside the edit"""
+    seen, layout = read(output_image), "wrong"
+    if len(seen.items) == len(target.items):
+        moved = min(max(math.hypot(a.x - b.x, a.y - b.y) for a, b in zip(order, target.items, strict=True))
+                    for order in itertools.permutations(seen.items))
+        layout = "preserved" if moved < 2 else "moved" if moved < 9 else "wrong"
+    difference = np.abs(_outside(source_image, output_image, source, target))
+    shift = float(np.median(difference.max(-1))) if len(difference) else 0.0
+    colors = "preserved" if shift < 0.03 else "faded" if shift < 0.25 else "wrong"
+    return f"layout {layout}, colours {colors}"
 
 
 def portrait(image: Image.Image) -> float:
-    """How good a face the picture shows, in [0, 1]: it is one face with a clear mood and two alike eyes, and
-    cleanly drawn
+    """How good a face the picture shows, in [0, 1]: it is one round face with a clear mood and two alike
+    eyes, and cleanly drawn
     """
     seen = read(image)
     if seen.kind != "face":
         return 0.0
-    return (1 + bool(seen.mood) + bool(seen.eyes)) / 3 * (0.3 + 0.7 * aesthetic(image))
+    aspect = seen.items[0].aspect
+    roundness = min(1.0, max(0.0, 2.5 * min(aspect, 1 / aspect) - 1.25))  # 1 from .9 on, 0 at .5
+    return (1 + bool(seen.mood) + bool(seen.eyes)) / 3 * roundness * (0.3 + 0.7 * aesthetic(image))
 
 
 def instruction(image: Image.Image, prompt: str, source: Image.Image) -> float:
     """How well the edit was carried out, in [0, 1]: the share of the target's requirements met, a quarter of
-    it where the picture is no closer to the target than to the source, so that the core is not met"""
+    it where an object is wrong or the picture is no closer to the target than to the source, so that the core
+    is not met"""
     before, seen = read(source), read(image)
-    met, unchanged = _match(seen, edited(before, prompt))[1], _match(seen, before)[1]
-    return met if met > unchanged else met / 4
+    _, objects, share = _match(seen, edited(before, prompt))
+    return _capped(objects and share > _match(seen, before)[2], share)
 
 
 def preserved(image: Image.Image, prompt: str, source: Image.Image) -> float:
