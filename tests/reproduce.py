@@ -131,8 +131,10 @@ def is_complete(folder, drawing):
     return (folder / "rollouts.jsonl").exists() and len(rollout.read_records(folder)) == wanted
 
 
-def train_up_to(run, steps):
-    """Leave the model after exactly so many steps; one that went further begins anew."""
+def train_up_to(run, steps, table=0):
+    """Leave the model after exactly so many steps; one that went further begins anew. table: images of the
+    script's own final table
+    """
     log, weights = run.folder / "log.jsonl", run.folder / "model" / "model_index.json"
     done = len(log.read_text().splitlines()) if log.exists() else 0
     if done == steps and weights.exists() and weights.stat().st_mtime >= log.stat().st_mtime:
@@ -140,7 +142,7 @@ def train_up_to(run, steps):
     if done > steps:
         shutil.rmtree(run.folder)
     finish(start(run.script, *run.flags, "--seed", str(run.seed), "--name", run.folder.name, "--steps",
-                 str(steps), "--eval-images", "0", "--sample-every", "0",
+                 str(steps), "--eval-images", str(table), "--sample-every", "0",
                  *(["--resume"] if run.folder.exists() else []), processes=run.processes))
 
 
@@ -290,8 +292,8 @@ def chain():
                             tuple(drawing._replace(cfg=1.0) for drawing in drawings.values())))
     began, fresh = time.time(), not students[0].folder.exists()
     for run in (*(teachers[task, 0] for task in TASKS), students[0]):
-        train_up_to(run._replace(processes=2), run.stages[-1])
-    lines = [f"seed 0 alone, without tables: {(time.time() - began) / 60:.1f} minutes", ""] if fresh else []
+        train_up_to(run._replace(processes=2), run.stages[-1], table=300)
+    lines = [f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes", ""] if fresh else []
     queue(untrained(*drawings.values()), *([*(teachers[task, seed] for task in TASKS), students[seed]]
                                            for seed in range(SEEDS)))
     lines += ["| task | seed | teacher's gain [95% interval] | student's | share of it [bootstrap] |",
