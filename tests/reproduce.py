@@ -293,7 +293,8 @@ def chain():
     began, fresh = time.time(), not students[0].folder.exists()
     for run in (*(teachers[task, 0] for task in TASKS), students[0]):
         train_up_to(run._replace(processes=2), run.stages[-1], table=300)
-    lines = [f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes", ""] if fresh else []
+    took = f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes"
+    lines = [took, ""] if fresh else []
     queue(untrained(*drawings.values()), *([*(teachers[task, seed] for task in TASKS), students[seed]]
                                            for seed in range(SEEDS)))
     lines += ["| task | seed | teacher's gain [95% interval] | student's | share of it [bootstrap] |",
