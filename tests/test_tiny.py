@@ -1,6 +1,7 @@
 """The tiny world: its oracle reads back what was drawn, and its aesthetic cannot be had by drawing little."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import make
@@ -83,6 +84,22 @@ def test_an_edit_that_misses_its_core_is_capped():
         rewards = [world.instruction_reward([world.draw(scene)], [instruction], [[before]])[0]
                    for scene in (target, source)]
         assert rewards[0] == 5 and rewards[1] <= 2
+
+
+def test_what_a_scorer_says_of_an_edit():
+    circle, square = world.Item("circle", "red", 20, 32, 10), world.Item("square", "blue", 46, 32, 10)
+    source = world.Scene("relation", (circle, square), "black", "left of")
+    target = world.edited(source, "make the red circle green")
+    moved = replace(target, items=(target.items[0], replace(square, x=42)))
+    say = lambda reward, scene: make.reasoning(reward, "make the red circle green", world.draw(scene),
+                                               world.draw(source))
+    was = "a red circle left of a blue square on a black background"
+    asked = was.replace("red", "green")
+    assert say("instruction", target) == f"{was}; asked {asked}; seen {asked}; core met"
+    assert say("instruction", source) == f"{was}; asked {asked}; seen {was}; core missed"
+    before = "ground 000, at 20 32 801, at 46 32 138"
+    after = "ground 000, at 20 32 063, at 42 32 138"
+    assert say("consistency", moved) == f"{before}; {after}; layout moved, colours preserved"
 
 
 def test_the_naive_scorer_likes_small_objects_and_the_aesthetic_does_not():

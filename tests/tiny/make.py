@@ -669,8 +669,8 @@ def make_scores():
 
 
 def reasoning(reward, prompt, image, source=None):
-    """What a scorer says before its score: what it sees; of an edit, what was there and what was asked before
-    it, or what else changed.
+    """What a scorer says before its score: what it sees; of an edit, what was there, what was asked and
+    whether the core is met, or what both pictures measure and so what else changed.
     """
     seen = world.read(image)
     if source is None:
@@ -678,8 +678,11 @@ def reasoning(reward, prompt, image, source=None):
     before = world.read(source)
     after = world.edited(before, prompt)
     if reward == "consistency":
-        return world.changes(source, image, before, after)
-    return f"{world.describe(before)}; asked {world.describe(after)}; seen {world.describe(seen)}"
+        return (f"{world.measure(source, before)}; {world.measure(image, seen)}; "
+                f"{world.changes(source, image, before, after)}")
+    core = "core met" if world.core_met(seen, before, after) else "core missed"
+    was, asked, sees = map(world.describe, (before, after, seen))
+    return f"{was}; asked {asked}; seen {sees}; {core}"
 
 
 def write_scores(name, part, rows, rule):
@@ -714,23 +717,26 @@ def write_pairs(rng, records, per_prompt=24):
     write_lines(BUILD / "aesthetic-pairs.jsonl", pairs)
 
 
-REWARDS = {"aesthetic": 2200, "alignment": 3000, "portrait": 900, "instruction": 1800,
-           "consistency": 2000}  # steps
+READER, ALIGNMENT = BUILD / "reader", OUT / "rewards" / "alignment"
+REWARDS = {  # what they start from, steps; the alignment scorer has learned to compare what it sees and reads
+    "aesthetic": (READER, 2200), "alignment": (READER, 3000), "portrait": (READER, 900),
+    "instruction": (ALIGNMENT, 1800), "consistency": (ALIGNMENT, 1800)}
 
 
 def make_reward(name):
-    """A scorer that starts from the reader, or goes on where it was interrupted. Returns its rank
-    correlations, over all pictures and within groups.
+    """A new scorer, or one that goes on where it was interrupted. Returns its rank correlations, over all
+    pictures and within groups.
     """
+    base, steps = REWARDS[name]
     out = OUT / "rewards" / name
     model.remove(out)
     resume = ["--resume"] if Path(f"{out}.part").exists() else []
     subprocess.run([
         sys.executable, str(HERE.parent.parent / "train_reward.py"), "--reward", name, *resume,
-        "--base", str(BUILD / "reader"), "--processor", str(OUT / "processor"),
+        "--base", str(base), "--processor", str(OUT / "processor"),
         "--data", str(BUILD / f"{name}-train.jsonl"),
         "--eval-data", *(str(BUILD / f"{name}-{part}.jsonl") for part in PARTS),
-        "--out", str(out), "--pixels", str(SCORER_PIXELS), "--steps", str(REWARDS[name])], check=True)
+        "--out", str(out), "--pixels", str(SCORER_PIXELS), "--steps", str(steps)], check=True)
     found = json.loads((out / "reward.json").read_text())["held_out"]
     return ", ".join(f"{Path(path).stem} {of['srcc'] or nan:.3f}, in groups {of['group_srcc'] or nan:.3f}"
                      for path, of in found.items())
@@ -743,7 +749,8 @@ STAGES = {"vlm": make_vlm, "reader": make_reader, "prompts": make_prompts, "vae"
 ORDER = (  # chains of stages side by side, one core each
     (("vlm", "prompts", "reader"), ("vae",)),
     (("flow", "base", "scores"),),
-    (("aesthetic", "alignment"), ("portrait", "instruction", "consistency")))
+    (("alignment",), ("aesthetic", "portrait")),
+    (("instruction",), ("consistency",)))
 CORES = 2  # how many threads a stage has decides its bits
 
 
