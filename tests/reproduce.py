@@ -93,7 +93,7 @@ class Run(NamedTuple):
 
     def drawn(self, steps, drawing):
         """Where the pictures after so many steps are"""
-        more = [f"cfg{drawing.cfg:g}"] * (drawing.cfg is not None) + ["rewards"] * drawing.rewards
+        more = ([] if drawing.cfg is None else [f"cfg{drawing.cfg:g}"]) + ["rewards"] * drawing.rewards
         return ROOT / "rollouts" / "-".join([self.folder.name, str(steps), drawing.task, str(drawing.images),
                                              *more])
 

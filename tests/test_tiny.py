@@ -97,9 +97,7 @@ def test_what_a_scorer_says_of_an_edit():
     asked = was.replace("red", "green")
     assert say("instruction", target) == f"{was}; asked {asked}; seen {asked}; core met"
     assert say("instruction", source) == f"{was}; asked {asked}; seen {was}; core missed"
-    before = "ground 000, at 20 32 801, at 46 32 138"
-    after = "ground 000, at 20 32 063, at 42 32 138"
-    assert say("consistency", moved) == f"{before}; {after}; layout moved, colours preserved"
+    assert say("consistency", moved) == "layout moved, colours preserved"
 
 
 def test_the_naive_scorer_likes_small_objects_and_the_aesthetic_does_not():

@@ -669,8 +669,8 @@ def make_scores():
 
 
 def reasoning(reward, prompt, image, source=None):
-    """What a scorer says before its score: what it sees; of an edit, what was there, what was asked and
-    whether the core is met, or what both pictures measure and so what else changed.
+    """What a scorer says before its score: what it sees; of an edit, what was there, what was asked, what is
+    seen and whether that meets the core, or how well the rest is kept.
     """
     seen = world.read(image)
     if source is None:
@@ -678,8 +678,7 @@ def reasoning(reward, prompt, image, source=None):
     before = world.read(source)
     after = world.edited(before, prompt)
     if reward == "consistency":
-        return (f"{world.measure(source, before)}; {world.measure(image, seen)}; "
-                f"{world.changes(source, image, before, after)}")
+        return world.changes(source, image, before, after)
     core = "core met" if world.core_met(seen, before, after) else "core missed"
     was, asked, sees = map(world.describe, (before, after, seen))
     return f"{was}; asked {asked}; seen {sees}; {core}"
@@ -717,10 +716,11 @@ def write_pairs(rng, records, per_prompt=24):
     write_lines(BUILD / "aesthetic-pairs.jsonl", pairs)
 
 
-READER, ALIGNMENT = BUILD / "reader", OUT / "rewards" / "alignment"
-REWARDS = {  # what they start from, steps; the alignment scorer has learned to compare what it sees and reads
+READER = BUILD / "reader"
+REWARDS = {  # what they start from, steps
     "aesthetic": (READER, 2200), "alignment": (READER, 3000), "portrait": (READER, 900),
-    "instruction": (ALIGNMENT, 1800), "consistency": (ALIGNMENT, 1800)}
+    "consistency": (READER, 2000),
+    "instruction": (OUT / "rewards" / "alignment", 1800)}  # which has learned to compare what it reads
 
 
 def make_reward(name):
@@ -749,8 +749,7 @@ STAGES = {"vlm": make_vlm, "reader": make_reader, "prompts": make_prompts, "vae"
 ORDER = (  # chains of stages side by side, one core each
     (("vlm", "prompts", "reader"), ("vae",)),
     (("flow", "base", "scores"),),
-    (("alignment",), ("aesthetic", "portrait")),
-    (("instruction",), ("consistency",)))
+    (("alignment", "instruction"), ("aesthetic", "portrait", "consistency")))
 CORES = 2  # how many threads a stage has decides its bits
 
 

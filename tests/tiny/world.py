@@ -655,21 +655,6 @@ def consistency(source_image: Image.Image, output_image: Image.Image, source: Sc
     return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean()))) if len(difference) else 1.0
 
 
-def measure(image: Image.Image, scene: Scene) -> str:
-    """Where things are and what colour they have, in digits: the ground's red, green and blue from 0 to 9,
-    then each object's centre in pixels and colour
-    """
-    pixels = _pixels(image)
-    rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
-    digits = lambda color: "".join(str(int(channel / 25.6)) for channel in color)
-    parts = ["ground " + digits(np.median(rim, axis=0))]
-    for item in sorted(scene.items, key=lambda item: item.x + 2 * item.y):
-        x, y = int(item.x), int(item.y)
-        near = pixels[max(0, y - 2):y + 3, max(0, x - 2):x + 3].reshape(-1, 3)
-        parts.append(f"at {x:02} {y:02} {digits(np.median(near, axis=0))}")
-    return ", ".join(parts)
-
-
 def changes(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> str:
     """What `consistency` comes from, in words: how far objects moved, and colours outside the edit"""
     seen, layout = read(output_image), "wrong"
