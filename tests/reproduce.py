@@ -243,7 +243,7 @@ def before_after(path, before, after, count=8, side=128):
             pen.text((left + side / 2, top + side + 6), f"{record['rewards']['oracle-aesthetic']:.2f}",
                      fill="black", font=font, anchor="mt")
             if y:
-                pen.text((left, top + side + 26), model.fold(record["prompt"], side), fill="black",
+                pen.text((left, top + side + 26), model.fold(record["prompt"], side - 16), fill="black",
                          font=ImageFont.load_default(11), spacing=1)
     sheet.save(path)
 
