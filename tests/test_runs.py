@@ -307,7 +307,8 @@ def test_cfg_strategies_and_trained_timesteps(tmp_path, capsys, script, cfg, ste
     """
     arguments = ["--reward", ORACLE, "--steps", "1", *SMALL, *cfg, "--train-timesteps", steps]
     (line,) = run_script(tmp_path, *arguments, script=script)
-    printed, guidance = capsys.readouterr().out, 1 if "--cfg" in cfg else 2
+    sampling = json.loads((ROOT / "tests/tiny/model/model_index.json").read_text())["_sampling"]
+    printed, guidance = capsys.readouterr().out, 1 if "--cfg" in cfg else sampling["guidance_scale"]
     lr = {"grpo.py": "0.00013", "nft.py": "0.00016"}[script]
     source = "--cfg" if "--cfg" in cfg else f"of {ROOT / 'tests' / 'tiny' / 'model'}"
     assert f"sampler: 8 steps, guidance {guidance} ({source}); trained at t = {shown}; lr {lr}" in printed

@@ -755,6 +755,6 @@ def test_the_alignment_scorer_says_what_is_in_the_picture(fresh):
     said, seen = [objects(thought or "") for _, _, thought in answers], [seen[i] for i in clear]
     right = np.array([a == b for a, b in zip(said, seen)])
     chance = np.mean([a == b for a in said for b in seen])  # the mean over all permutations
-    assert len(clear) >= 200 and right.mean() >= 0.6 and chance < 0.1
+    assert len(clear) >= 180 and right.mean() >= 0.6 and chance < 0.1
     # copying the prompt is never right here
     assert right[[objects(prompt) != b for prompt, b in zip(prompts, seen)]].mean() >= 0.4
