@@ -56,7 +56,7 @@ def test_remote_scores_are_the_local_ones(scorer, server, tmp_path):
     rng, images, requests = np.random.default_rng(5), [], []
     for i in range(12):
         source, instruction, target = world.sample_edit(rng)
-        images.append(make.picture(rng, target, degraded=0.5))
+        images.append(make.picture(rng, target if i % 2 else world.sample_scene(rng), degraded=0.5))
         world.draw(source).save(tmp_path / f"{i}.png")
         requests.append(model.Request(instruction, sources=(str(tmp_path / f"{i}.png"),))
                         if edits else model.Request(world.caption(target)))
@@ -69,4 +69,4 @@ def test_remote_scores_are_the_local_ones(scorer, server, tmp_path):
     assert [why for _, why in expected + found] == [""] * 24
     found, expected = (torch.tensor([score for score, _ in rows]) for rows in (found, expected))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    assert expected.max() - expected.min() > 2  # it tells them apart
+    assert expected.max() - expected.min() > 1.5  # it tells them apart
