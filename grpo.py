@@ -5,7 +5,7 @@ stochastically (Eq. 5) and all others by the ODE (Eq. 3); score the images; norm
 group and add them up (Eq. 4, 13); then raise the likelihood of the steps that led to good images, clipped
 around the sampling policy (Eq. 6).
 
-    python grpo.py --reward aesthetic                                    # tiny model, CPU, 5 minutes on one core
+    torchrun --nproc_per_node=2 grpo.py --reward aesthetic               # tiny model, CPU, 2.5 minutes
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment \\
         --prompts train.jsonl --eval-prompts heldout.jsonl
 
