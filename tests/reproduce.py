@@ -2,9 +2,9 @@
 into assets/.
 
     python tests/reproduce.py first        # the first command: its time, three seeds of it, picture and curve
-    python tests/reproduce.py strict       # a reward that is exact, by both algorithms: an hour
-    python tests/reproduce.py chain        # the README's chain, its time and what its student keeps: an hour
-    python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time: three hours
+    python tests/reproduce.py strict       # a reward that is exact, by both algorithms
+    python tests/reproduce.py chain        # the README's chain, its time and what its student keeps
+    python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time
 
 Trainings run side by side, one for every core. What is done already, in this or an earlier call, is not done
 again; directories are named after the base, so that another base begins anew.
