@@ -5,7 +5,7 @@ each reward within its group and add them up (Eq. 4, 13); noise the images again
 interpolation between old and new velocity to the good ones, and its mirror image to the bad ones (Eq. 7, 8),
 with a velocity KL to the base (Eq. 9). No likelihood, no SDE.
 
-    python nft.py --reward aesthetic                                     # tiny model, CPU, about 4 minutes
+    python nft.py --reward aesthetic                                     # tiny model, CPU
     torchrun --nproc_per_node=8 nft.py --model Qwen/Qwen-Image-2.1 --reward aesthetic alignment \\
         --prompts train.jsonl --eval-prompts heldout.jsonl
 

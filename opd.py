@@ -6,7 +6,7 @@ task says where it would go with guidance, and the student learns to go there wi
 added becomes part of its weights. The error bounds the Wasserstein distance between the images of the two
 (Eq. 17), whence squared velocities without any likelihood.
 
-    python opd.py --teacher t2i=runs/T2I/model edit=runs/EDIT/model     # tiny model, CPU, about 5 minutes
+    python opd.py --teacher t2i=runs/T2I/model edit=runs/EDIT/model     # tiny model, CPU
     torchrun --nproc_per_node=8 opd.py --model Qwen/Qwen-Image-2.1 --teacher t2i=DIR edit=DIR \\
         --prompts mixed.jsonl --eval-prompts heldout.jsonl
 
