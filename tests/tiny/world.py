@@ -639,33 +639,14 @@ def _spread(values: np.ndarray, distance: int) -> np.ndarray:
     return values
 
 
-def _outside(source_image: Image.Image, output_image: Image.Image, source: Scene,
-             target: Scene) -> np.ndarray:
-    """What differs (n, 3) in 0..1, outside the region that the edit touches and 3 pixels around it (1 where
-    it touches the background, or nothing would be left of a letter)
+def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
+    """1 - 2 RMSE (pixels in 0..1), at least 0, outside the region that the edit touches and 3 pixels around
+    it (1 where it touches the background, or nothing would be left of a letter)
     """
     changed = np.abs(_pixels(draw(source)) - _pixels(draw(target))).max(-1) > 8
     touched = _spread(changed, 1 if source.background != target.background else 3)
-    return (_pixels(source_image) - _pixels(output_image))[~touched] / 255
-
-
-def consistency(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> float:
-    """1 - 2 RMSE (pixels in 0..1) outside the region that the edit touches, at least 0"""
-    difference = _outside(source_image, output_image, source, target)
+    difference = (_pixels(source_image) - _pixels(output_image))[~touched] / 255
     return max(0.0, 1 - 2 * float(np.sqrt(np.square(difference).mean()))) if len(difference) else 1.0
-
-
-def changes(source_image: Image.Image, output_image: Image.Image, source: Scene, target: Scene) -> str:
-    """What `consistency` comes from, in words: how far objects moved, and colours outside the edit"""
-    seen, layout = read(output_image), "wrong"
-    if len(seen.items) == len(target.items):
-        moved = min(max(math.hypot(a.x - b.x, a.y - b.y) for a, b in zip(order, target.items, strict=True))
-                    for order in itertools.permutations(seen.items))
-        layout = "preserved" if moved < 2 else "moved" if moved < 9 else "wrong"
-    difference = np.abs(_outside(source_image, output_image, source, target))
-    shift = float(np.median(difference.max(-1))) if len(difference) else 0.0
-    colors = "preserved" if shift < 0.03 else "faded" if shift < 0.25 else "wrong"
-    return f"layout {layout}, colours {colors}"
 
 
 def portrait(image: Image.Image) -> float:
@@ -685,14 +666,8 @@ def instruction(image: Image.Image, prompt: str, source: Image.Image) -> float:
     it where an object is wrong or the picture is no closer to the target than to the source, so that the core
     is not met"""
     before, seen = read(source), read(image)
-    after = edited(before, prompt)
-    return _capped(core_met(seen, before, after), _match(seen, after)[2])
-
-
-def core_met(seen: Scene, before: Scene, after: Scene) -> bool:
-    """Whether the objects are those asked for, and what is seen is closer to the target than to the source"""
-    _, objects, share = _match(seen, after)
-    return objects and share > _match(seen, before)[2]
+    _, objects, share = _match(seen, edited(before, prompt))
+    return _capped(objects and share > _match(seen, before)[2], share)
 
 
 def preserved(image: Image.Image, prompt: str, source: Image.Image) -> float:
