@@ -88,7 +88,8 @@ def test_an_edit_that_misses_its_core_is_capped():
 def test_what_a_scorer_says_of_an_edit():
     circle, square = world.Item("circle", "red", 20, 32, 10), world.Item("square", "blue", 46, 32, 10)
     source = world.draw(world.Scene("relation", (circle, square), "black", "left of"))
-    said = make.reasoning("make the red circle green", source, source)
+    unseen = world.draw(world.Scene("single", (square,), "white"))  # of which it says nothing
+    said = make.reasoning("make the red circle green", unseen, source)
     was = "a red circle left of a blue square on a black background"
     assert said == f"{was}; asked {was.replace('red', 'green')}"
 

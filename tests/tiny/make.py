@@ -686,7 +686,7 @@ def make_scores():
 
 def reasoning(prompt, image, source=None):
     """What a scorer says before its score: what it sees; of an edit, what was there and what is asked, but
-    not what is seen: it would often be wrong in its words, and believe them
+    not what is seen: a misread word would decide the score
     """
     if source is None:
         return world.describe(world.read(image))
