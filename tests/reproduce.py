@@ -40,7 +40,7 @@ JUDGES = ["aesthetic", *ORACLES]
 SEEDS = 3
 # rewards, prompts, steps; held-out prompts, images of each
 TASKS = {"t2i": ("rewards.json", "prompts.jsonl", 20, "heldout.jsonl", 4),
-         "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 7)}
+         "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 4)}
 
 
 def start(*arguments, processes=1):
@@ -281,6 +281,7 @@ def chain():
     gains the student has without guidance.
     """
     drawings = {task: Drawing(task, TASKS[task][4], rewards=True) for task in TASKS}
+    unguided = {task: drawing._replace(cfg=1.0) for task, drawing in drawings.items()}
     teachers, students = {}, []
     for seed in range(SEEDS):
         for task, (rewards, prompts, steps, heldout, _) in TASKS.items():
@@ -289,27 +290,58 @@ def chain():
             teachers[task, seed] = Run("nft.py", task, seed, flags, (steps,), (drawings[task],))
         given = (f"{task}={teachers[task, seed].folder / 'model'}" for task in TASKS)
         students.append(Run("opd.py", "student", seed, ("--teacher", *given), (45,),
-                            tuple(drawing._replace(cfg=1.0) for drawing in drawings.values())))
+                            tuple(unguided.values())))
     began, fresh = time.time(), not students[0].folder.exists()
     for run in (*(teachers[task, 0] for task in TASKS), students[0]):
         train_up_to(run._replace(processes=2), run.stages[-1], table=300)
     took = f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes"
-    lines = [took, ""] if fresh else []
-    queue(untrained(*drawings.values()), *([*(teachers[task, seed] for task in TASKS), students[seed]]
-                                           for seed in range(SEEDS)))
-    lines += ["| task | seed | teacher's gain [95% interval] | student's | share of it [bootstrap] |",
+    base = untrained(*drawings.values(), *unguided.values())
+    queue(base, *([*(teachers[task, seed] for task in TASKS), students[seed]] for seed in range(SEEDS)))
+    drawn = {task: {"base": [base.drawn(0, drawing)], "base, unguided": [base.drawn(0, unguided[task])],
+                    "teacher": [teachers[task, seed].drawn(TASKS[task][2], drawing) for seed in range(SEEDS)],
+                    "student, unguided": [student.drawn(45, unguided[task]) for student in students]}
+             for task, drawing in drawings.items()}
+    chain_sheet(ASSETS / "chain.png", {title: folders[0] for title, folders in drawn["edit"].items()
+                                       if title != "base, unguided"})
+    return [took, ""] * fresh + share_table(drawn) + reward_tables(drawn)
+
+
+def share_table(drawn):
+    """Gains in the composite of teachers and students; drawn {task: {who: the folders of all seeds}}."""
+    lines = ["| task | seed | teacher's gain [95% interval] | student's | share of it [bootstrap] |",
              "|---|---|---|---|---|"]
-    for task, drawing in drawings.items():
-        for seed, student in enumerate(students):
-            arrays = [untrained(drawing).scores("composite"), teachers[task, seed].scores("composite"),
-                      student.scores("composite", drawing=drawing._replace(cfg=1.0))]
+    for task, folders in drawn.items():
+        scores = {who: [rollout.score_array(rollout.read_records(folder), "composite") for folder in of]
+                  for who, of in folders.items()}
+        seeds = [[*scores["base"], *pair] for pair in zip(scores["teacher"], scores["student, unguided"])]
+        together = [np.concatenate(of, axis=1) for of in zip(*seeds)]
+        for name, arrays in (*enumerate(seeds), ("all", together)):
             gains = (with_interval(rollout.mean_difference(arrays[0], of)) for of in arrays[1:])
-            lines.append(f"| {task} | {seed} | {' | '.join(gains)} | {share_of_gain(*arrays)} |")
-    chain_sheet(ASSETS / "chain.png", {
-        "base": untrained().drawn(0, drawings["edit"]),
-        "edit teacher": teachers["edit", 0].drawn(TASKS["edit"][2], drawings["edit"]),
-        "student, unguided": students[0].drawn(45, drawings["edit"]._replace(cfg=1.0))})
+            lines.append(f"| {task} | {name} | {' | '.join(gains)} | {share_of_gain(*arrays)} |")
     return lines
+
+
+def reward_tables(drawn):
+    """Means of every reward of a task, and the share of pictures that show exactly what was asked."""
+    lines = []
+    for task, folders in drawn.items():
+        tables = {who: [judged(folder) for folder in of] for who, of in folders.items()}
+        judges = list(tables["base"][0])
+        lines += ["", f"| {task} | {' | '.join(judges)} |", "|---" * (1 + len(judges)) + "|"]
+        for who, of in tables.items():
+            cells = [" / ".join(f"{rollout.mean(scores[judge]):.3f}" for scores in of) for judge in judges]
+            lines.append(f"| {who} | {' | '.join(cells)} |")
+    return lines
+
+
+def judged(folder):
+    """{reward: (P, G)} of a task's drawing, and whether each picture shows exactly what was asked."""
+    records = rollout.read_records(folder)
+    for record in records:
+        image, *sources = [Image.open(record["folder"] / path)
+                           for path in (record["file"], *record.get("source", []))]
+        record["rewards"]["oracle-strict"] = world.strict_reward([image], [record["prompt"]], [sources])[0]
+    return {name: rollout.score_array(records, name) for name in records[0]["rewards"]}
 
 
 def chain_sheet(path, folders):
