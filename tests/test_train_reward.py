@@ -335,14 +335,14 @@ def test_trained_scorer_loads_and_scores_with_the_rubric_it_was_trained_on(nicen
     table = card(niceness)["held_out"]["data.jsonl"]
     assert card(niceness)["rubrics"] == {"niceness": "How nice is this from 1 to 5? {prompt}"}
     assert card(niceness)["reasoning"] == 0
-    assert table["n"] == 48 and table["failed"] == 0 and table["srcc"] > 0.3 and table["mass"] > 0.9
+    assert table["n"] == 32 and table["failed"] == 0 and table["srcc"] > 0.3 and table["mass"] > 0.9
     assert Image.open(niceness / "scatter.png").size == (720, 420)
     (reward,) = loaded_rewards([f"niceness={niceness}"], make.OUT)
     text = model.score_text(reward.score.processor.tokenizer, reward.score.rubric, "a red circle", 1, False)
     assert "How nice is this from 1 to 5? a red circle" in text and text.endswith("<|im_start|>assistant\n")
     rows = [row[0] for row in train_reward.load_data(SCORES, "niceness")[0]]
     images = [Image.open(example.pictures[0]) for example in rows]
-    together = reward.score(images, [example.prompt for example in rows], [[]] * 48)
+    together = reward.score(images, [example.prompt for example in rows], [[]] * 32)
     alone = [reward.score([image], [example.prompt], [[]])[0] for image, example in zip(images[:5], rows)]
     assert np.abs(np.array(together[:5]) - alone).max() < 1e-4 and all(1 < score < 5 for score in together)
     assert correlation(ranks(together),
@@ -364,7 +364,7 @@ def test_pairs_teach_which_picture_is_better(tmp_path):
     assert "16 pairs, invalid pairs dropped (1), 60 steps of 4" in printed
     held_out = card(tmp_path / "out")["held_out"]
     assert held_out["data.jsonl"]["n"] == 16 and held_out["data.jsonl"]["pair_accuracy"] > 0.9
-    assert held_out["aesthetic.jsonl"]["n"] == 48 and "srcc" in held_out["aesthetic.jsonl"]
+    assert held_out["aesthetic.jsonl"]["n"] == 32 and "srcc" in held_out["aesthetic.jsonl"]
     (reward,) = loaded_rewards([f"aesthetic={tmp_path / 'out'}"], make.OUT)
     images = [Image.open(example.pictures[0]) for row in train_reward.load_data(data, "aesthetic")[0]
               for example in row]
@@ -700,8 +700,8 @@ SLOW = pytest.mark.slow  # these reason, one word at a time
 
 # reward.json has the figures on 400 and more pictures
 @pytest.mark.parametrize("name, drawn, samples", [
-    ("aesthetic", 0.9, 0.6), ("portrait", 0.8, 0.6), pytest.param("alignment", 0.75, 0.5, marks=SLOW),
-    pytest.param("instruction", 0.7, 0.4, marks=SLOW), pytest.param("consistency", 0.35, 0.35, marks=SLOW)])
+    ("aesthetic", 0.9, 0.6), ("portrait", 0.8, 0.6), ("consistency", 0.6, 0.6),
+    pytest.param("alignment", 0.75, 0.5, marks=SLOW), pytest.param("instruction", 0.7, 0.5, marks=SLOW)])
 def test_scorers_rank_pictures_as_the_oracle_does(scored, name, drawn, samples):
     for part, bar in (("drawn", drawn), ("samples", samples)):
         scores, truth, _ = scored(name, part)

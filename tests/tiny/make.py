@@ -655,9 +655,10 @@ def make_scores():
         "aesthetic": world.aesthetic_reward, "alignment": world.alignment_reward,
         "portrait": world.portrait_reward,
         "instruction": world.instruction_reward, "consistency": world.consistency_reward}
-    edits, more_edits = edit_samples(rng, 5000) + edited, edit_samples(np.random.default_rng(SEED + 8), 15000)
+    edits = edit_samples(rng, 5000) + edited
     half_done = half_done_edits(np.random.default_rng(SEED + 10), more_edited + edits, 5000)
-    edit_tests = {"drawn": edit_samples(rng, 400),
+    edits += edit_samples(np.random.default_rng(SEED + 8), 15000) + more_edited + half_done
+    edit_parts = {"train": edits, "drawn": edit_samples(rng, 400),
                   "samples": base_samples(other_instructions, 8, SEED + 1, other_sources)}
     data = {
         "aesthetic": {"train": samples + spoiled + drawn + drawn_samples(rng, 4000),
@@ -667,8 +668,7 @@ def make_scores():
         "portrait": {"train": portrait_samples(rng, 4000) + base_samples(faces, 40, SEED + 3),
                      "drawn": portrait_samples(rng, 400),
                      "samples": base_samples(held_out_faces, 12, SEED + 4)},
-        "instruction": {"train": edits + more_edits + more_edited + half_done} | edit_tests,
-        "consistency": {"train": edits + more_edits[:5000] + more_edited + half_done} | edit_tests}
+        "instruction": edit_parts, "consistency": edit_parts}
     for name, parts in data.items():
         for part, rows in parts.items():
             write_scores(name, part, rows, rules[name])
@@ -676,7 +676,7 @@ def make_scores():
     examples = []
     for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
         examples += [json.loads(line)
-                     for line in (BUILD / f"aesthetic-{part}.jsonl").read_text().splitlines()[:24]]
+                     for line in (BUILD / f"aesthetic-{part}.jsonl").read_text().splitlines()[:16]]
     for record in examples:
         (HERE / "scores" / record["image"]).parent.mkdir(parents=True, exist_ok=True)
         (HERE / "scores" / record["image"]).write_bytes((BUILD / record["image"]).read_bytes())
@@ -729,7 +729,7 @@ def write_pairs(rng, records, per_prompt=24):
 READER = BUILD / "reader"
 REWARDS = {  # what they start from, steps
     "aesthetic": (READER, 2200), "alignment": (READER, 3000), "portrait": (READER, 900),
-    "consistency": (READER, 3000),
+    "consistency": (READER, 5000),
     "instruction": (OUT / "rewards" / "alignment", 3000)}  # which has learned to compare what it reads
 
 
