@@ -146,6 +146,11 @@ def train_up_to(run, steps, table=0):
                  *(["--resume"] if run.folder.exists() else []), processes=run.processes))
 
 
+def step_seconds(run):
+    """How long each step of a training took."""
+    return [sum(json.loads(line)["seconds"].values()) for line in (run.folder / "log.jsonl").open()]
+
+
 def queue(*jobs):
     """Carry out runs, or lists of runs that need each other, as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -264,16 +269,23 @@ def blind_pairs(path, before, after, seed, count=24):
 
 
 def strict():
-    """Trained on what the oracle sees itself: 1 where the picture shows exactly what was asked, else 0."""
+    """Trained on what the oracle sees itself: 1 where the picture shows exactly what was asked, else 0. Three
+    seeds, then how far the first goes.
+    """
     reward, stages = f"strict={TINY / 'world.py'}:strict_reward", (50, 100, 150, 200)
     flags = {"GRPO": ("--kl-coef", "0.1"), "NFT": ()}
     runs = {title: [Run(f"{title.lower()}.py", "strict", seed, ("--reward", reward, "--lr", "2.56e-4", *more),
                         stages) for seed in range(SEEDS)] for title, more in flags.items()}
+    longer = {f"{title}, seed 0": [seeds[0]._replace(stages=(*stages, 400, 600))]
+              for title, seeds in runs.items()}
     queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    queue(*(run for [run] in longer.values()))
     stage_chart(ASSETS / "strict_curve.png",
-                {title: (seeds, "oracle-strict") for title, seeds in runs.items()},
+                {title: (seeds, "oracle-strict") for title, seeds in (runs | longer).items()},
                 f"held-out pictures that show what was asked, mean and range of {SEEDS} seeds")
-    return stage_table(runs, JUDGES)
+    took = [f"{title}: {sum(step_seconds(run)) / 60:.0f} minutes of training on a core"
+            for title, [run] in longer.items()]
+    return [*stage_table(runs, JUDGES), "", *stage_table(longer, JUDGES), "", *took]
 
 
 def chain():
@@ -289,7 +301,7 @@ def chain():
                      str(TINY / heldout))
             teachers[task, seed] = Run("nft.py", task, seed, flags, (steps,), (drawings[task],))
         given = (f"{task}={teachers[task, seed].folder / 'model'}" for task in TASKS)
-        students.append(Run("opd.py", "student", seed, ("--teacher", *given), (45,),
+        students.append(Run("opd.py", "student", seed, ("--teacher", *given), (90,),
                             tuple(unguided.values())))
     began, fresh = time.time(), not students[0].folder.exists()
     for run in (*(teachers[task, 0] for task in TASKS), students[0]):
@@ -299,7 +311,7 @@ def chain():
     queue(base, *([*(teachers[task, seed] for task in TASKS), students[seed]] for seed in range(SEEDS)))
     drawn = {task: {"base": [base.drawn(0, drawing)], "base, unguided": [base.drawn(0, unguided[task])],
                     "teacher": [teachers[task, seed].drawn(TASKS[task][2], drawing) for seed in range(SEEDS)],
-                    "student, unguided": [student.drawn(45, unguided[task]) for student in students]}
+                    "student, unguided": [student.drawn(90, unguided[task]) for student in students]}
              for task, drawing in drawings.items()}
     chain_sheet(ASSETS / "chain.png", {title: folders[0] for title, folders in drawn["edit"].items()
                                        if title != "base, unguided"})
@@ -322,26 +334,32 @@ def share_table(drawn):
 
 
 def reward_tables(drawn):
-    """Means of every reward of a task, and the share of pictures that show exactly what was asked."""
+    """Means of every reward of a task, and of what the oracle says."""
     lines = []
     for task, folders in drawn.items():
         tables = {who: [judged(folder) for folder in of] for who, of in folders.items()}
-        judges = list(tables["base"][0])
-        lines += ["", f"| {task} | {' | '.join(judges)} |", "|---" * (1 + len(judges)) + "|"]
-        for who, of in tables.items():
-            cells = [" / ".join(f"{rollout.mean(scores[judge]):.3f}" for scores in of) for judge in judges]
-            lines.append(f"| {who} | {' | '.join(cells)} |")
+        lines += ["", f"| {task} | {' | '.join(tables)} |", "|---" * (1 + len(tables)) + "|"]
+        for judge in sorted(tables["base"][0]):
+            cells = [" / ".join(f"{rollout.mean(scores[judge]):.3f}" for scores in of)
+                     for of in tables.values()]
+            lines.append(f"| {judge} | {' | '.join(cells)} |")
     return lines
 
 
 def judged(folder):
-    """{reward: (P, G)} of a task's drawing, and whether each picture shows exactly what was asked."""
+    """{reward: (P, G)} of a task's drawing, with the oracle's word on every picture that a reward judges, and
+    whether it shows exactly what was asked.
+    """
     records = rollout.read_records(folder)
     for record in records:
         image, *sources = [Image.open(record["folder"] / path)
                            for path in (record["file"], *record.get("source", []))]
-        record["rewards"]["oracle-strict"] = world.strict_reward([image], [record["prompt"]], [sources])[0]
-    return {name: rollout.score_array(records, name) for name in records[0]["rewards"]}
+        for name in ("strict", *(name for name, score in record["rewards"].items() if score is not None)):
+            oracle = getattr(world, f"{name}_reward", None)
+            if oracle:
+                record["rewards"][f"oracle-{name}"] = oracle([image], [record["prompt"]], [sources])[0]
+    names = {name for record in records for name in record["rewards"]}
+    return {name: rollout.score_array(records, name) for name in names}
 
 
 def chain_sheet(path, folders):
@@ -405,8 +423,8 @@ def patched(patch, folder):
 
 def seconds_per_step(run):
     """Of a run's steps but the first, which warms up."""
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").open()][1:]
-    return sum(sum(line["seconds"].values()) for line in lines) / len(lines)
+    seconds = step_seconds(run)[1:]
+    return sum(seconds) / len(seconds)
 
 
 PARTS = {"first": first, "strict": strict, "chain": chain, "forks": forks}
