@@ -4,6 +4,9 @@ into assets/.
     python tests/reproduce.py first        # the first command: its time, three seeds of it, picture and curve
     python tests/reproduce.py strict       # a reward that is exact, by both algorithms
     python tests/reproduce.py chain        # the README's chain, its time and what its student keeps
+    python tests/reproduce.py guidance     # in rollout and objective, in one or neither (Sec. 4.1, Fig. 3)
+    python tests/reproduce.py timesteps    # trained on all of them or the noisy ones (Sec. 4.2)
+    python tests/reproduce.py curation     # a pool whose every second prompt is dead (Sec. 4.2)
     python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time
 
 Trainings run side by side, one for every core. What is done already, in this or an earlier call, is not done
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +42,9 @@ ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" /
 ORACLES = ["oracle-aesthetic", "oracle-strict", "oracle-alignment", "oracle-palette"]
 JUDGES = ["aesthetic", *ORACLES]
 SEEDS = 3
+STRICT = f"strict={TINY / 'world.py'}:strict_reward"
+# chosen on seed 3
+STRICT_FLAGS = {"GRPO": ("--lr", "2.56e-4", "--kl-coef", "0.1"), "NFT": ("--lr", "2.56e-4")}
 # rewards, prompts, steps; held-out prompts, images of each
 TASKS = {"t2i": ("rewards.json", "prompts.jsonl", 20, "heldout.jsonl", 4),
          "edit": ("rewards_edit.json", "edits.jsonl", 40, "edits_heldout.jsonl", 4)}
@@ -167,18 +174,39 @@ def with_interval(difference):
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
 
 
-def stage_table(groups, judges):
-    """Gains over the base after each stage; groups {title: the runs of all seeds}."""
+def stage_table(groups, judges, drawing=None):
+    """Gains over the base after each stage, by default in the first drawing; groups {title: the runs of all
+    seeds}.
+    """
     stages = next(iter(groups.values()))[0].stages
     lines = [f"| | base | {' | '.join(f'after {steps} steps' for steps in stages)} | interval |",
              "|---" * (3 + len(stages)) + "|"]
     for title, runs in groups.items():
         for judge in judges:
-            gains = [[gain(run, judge, steps) for run in runs] for steps in stages]
+            gains = [[gain(run, judge, steps, drawing) for run in runs] for steps in stages]
             cells = [" / ".join(f"{mean:+.3f}" for mean, _, _ in row) for row in gains]
             half = sum(high - mean for mean, _, high in gains[-1]) / len(runs)
-            mean = rollout.mean(untrained(runs[0].drawings[0]).scores(judge))
+            mean = rollout.mean(untrained(drawing or runs[0].drawings[0]).scores(judge))
             lines.append(f"| {title}: {judge} | {mean:.3f} | {' | '.join(cells)} | ± {half:.3f} |")
+    return lines
+
+
+def compare(groups, judges, drawing=None, rows=slice(None)):
+    """Gains of all seeds together after the last stage, over the base and over the first group, on all or
+    some of the prompts; groups {title: the runs of all seeds}.
+    """
+    def together(runs, judge):
+        return np.concatenate([run.scores(judge, None, drawing) for run in runs], axis=1)[rows]
+
+    lines = [f"| | {' | '.join(judges)} |", "|---" * (1 + len(judges)) + "|"]
+    (name, first), *others = groups.items()
+    base = [untrained(drawing or first[0].drawings[0])] * len(first)
+    pairs = {title: (base, runs) for title, runs in groups.items()}
+    pairs |= {f"{title}, over {name}": (first, runs) for title, runs in others}
+    for title, (before, after) in pairs.items():
+        gains = [with_interval(rollout.mean_difference(together(before, judge), together(after, judge)))
+                 for judge in judges]
+        lines.append(f"| {title} | {' | '.join(gains)} |")
     return lines
 
 
@@ -272,10 +300,9 @@ def strict():
     """Trained on what the oracle sees itself: 1 where the picture shows exactly what was asked, else 0. Three
     seeds, then how far the first goes.
     """
-    reward, stages = f"strict={TINY / 'world.py'}:strict_reward", (50, 100, 150, 200)
-    flags = {"GRPO": ("--kl-coef", "0.1"), "NFT": ()}
-    runs = {title: [Run(f"{title.lower()}.py", "strict", seed, ("--reward", reward, "--lr", "2.56e-4", *more),
-                        stages) for seed in range(SEEDS)] for title, more in flags.items()}
+    stages = (50, 100, 150, 200)
+    runs = {title: [Run(f"{title.lower()}.py", "strict", seed, ("--reward", STRICT, *flags), stages)
+                    for seed in range(SEEDS)] for title, flags in STRICT_FLAGS.items()}
     longer = {f"{title}, seed 0": [seeds[0]._replace(stages=(*stages, 400, 600))]
               for title, seeds in runs.items()}
     queue(untrained(), *(run for seeds in runs.values() for run in seeds))
@@ -382,11 +409,126 @@ def share_of_gain(before, teacher, student, draws=10_000):
     return f"{gains[1].mean() / gains[0].mean():.0%} [{low:.0%}, {high:.0%}]"
 
 
+def guidance():
+    """Sec. 4.1: guidance in rollout and objective is said to collapse, in neither to lose knowledge, in the
+    rollout alone to do neither. What would collapse is the branch without a prompt: how far it moves.
+    """
+    strategies = {"hybrid": (), "guided in both": ("--guided-objective",),
+                  "guided in neither": ("--cfg", "1")}
+    flags = ("--reward", "aesthetic", "--kl-coef", "0", "--lr", "2.56e-4")
+    drawings = Drawing(), Drawing(cfg=1.0)
+    runs = {title: [Run("grpo.py", title, seed, (*flags, *more), (40, 80, 120), drawings)
+                    for seed in range(SEEDS)] for title, more in strategies.items()}
+    queue(untrained(*drawings), *(run for seeds in runs.values() for run in seeds))
+    stage_chart(ASSETS / "guidance_curve.png",
+                {title: (seeds, "oracle-strict") for title, seeds in runs.items()},
+                "held-out pictures that show what was asked, drawn with guidance")
+    lines = []
+    for drawing, how in zip(drawings, ("with guidance", "without")):
+        lines += ["", f"Drawn {how}:", "", *stage_table(runs, JUDGES[:3], drawing), "",
+                  *compare(runs, JUDGES[:3], drawing)]
+    rows = rollout.category_rows(rollout.read_records(untrained().drawn(0, drawings[0])))
+    for category, of in rows.items():
+        lines += ["", f"{category}, with guidance:", "", *compare(runs, ["oracle-strict"], rows=of)]
+    lines += ["", "| rms | conditional velocity moved | unconditional moved | difference of the two |",
+              "|---|---|---|---|"]
+    roots = {"base": [TINY / "model"]} | {title: [run.folder / "model" for run in seeds]
+                                          for title, seeds in runs.items()}
+    for title, seeds in roots.items():
+        moved = np.mean([branch_drift(root) for root in seeds], axis=0)
+        lines.append(f"| {title} | {' | '.join(f'{rms:.3f}' for rms in moved)} |")
+    return lines
+
+
+@torch.no_grad()
+def branch_drift(root, prompts=60):
+    """rms change of the conditional and of the unconditional velocity since the base, and rms of their
+    difference, at states through which the base comes on held-out prompts.
+    """
+    device = torch.device("cpu")
+    grid, t, cfg = model.sampling_settings(TINY / "model")
+    base, trained = (model.materialise(model.new_transformer(of, torch.float32), of, device)
+                     for of in (TINY / "model", root))
+    heldout = model.load_prompts(TINY / "heldout.jsonl")
+    requests = dict(enumerate(heldout[::len(heldout) // prompts]))
+    encoded = model.encode_prompts(TINY / "model", model.load_vae(TINY / "model", device, torch.float32),
+                                   requests, grid, device)
+    drawn = model.sample(model.Sampler(base, False), encoded, [(0, i, 0) for i in requests], grid, t,
+                         torch.zeros_like(t[:-1]), cfg, 0, 64, range(len(t) - 1))
+    squares = []
+    for part, _, states in drawn:
+        for row, (_, i, _) in enumerate(part):
+            x = torch.stack([x_k[row] for x_k, _ in states.values()])                             # (T, N, C)
+            old, new = ([network.velocity(x, t[:-1], network.prefix([branch], grid)) for branch in encoded[i]]
+                        for network in (base, trained))
+            moved = new[0] - old[0], new[1] - old[1], new[0] - new[1]
+            squares.append([float(v.square().mean()) for v in moved])
+    return np.sqrt(np.mean(squares, axis=0))
+
+
+def together_means(runs, steps, judges=("oracle-palette", "oracle-aesthetic")):
+    """Means of two judges over all seeds after so many steps, a point of a chart."""
+    if not steps:
+        runs = [untrained()]
+    return tuple(float(np.mean([rollout.mean(run.scores(judge, steps)) for run in runs])) for judge in judges)
+
+
+def timesteps():
+    """Sec. 4.2: training on all timesteps is said to hack the reward. On the naive scorer, which looks at the
+    palette alone, without a KL.
+    """
+    flags = ("--reward", f"palette={TINY / 'world.py'}:palette_reward", "--kl-coef", "0", "--lr", "2.56e-4")
+    sets = {"2 of the noisier half": "2", "the noisier half": "half", "all": "all"}
+    runs = {f"{script}, {title}": [Run(f"{script.lower()}.py", f"palette {spec}", seed,
+                                       (*flags, "--train-timesteps", spec), (20, 40, 80))
+                                   for seed in range(SEEDS)]
+            for script in ("GRPO", "NFT") for title, spec in sets.items()}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    curves = {title: [together_means(seeds, steps) for steps in (0, *seeds[0].stages)]
+              for title, seeds in runs.items()}
+    model.line_chart(ASSETS / "timesteps.png", curves, "the judge, by the proxy that is trained on",
+                     "proxy: closeness to the palette")
+    return [*stage_table(runs, JUDGES[1:]), "", *compare(runs, JUDGES[1:])]
+
+
+def curation():
+    """Sec. 4.2: prompts whose images all score alike are filtered out. The strict reward on a pool of as many
+    dead prompts, always right or always wrong, as live ones, against what rollout.py curates of it; which
+    prompts are dead, other noise has said.
+    """
+    pool, curated = BUILD / f"{base()}-pool.jsonl", BUILD / f"{base()}-curated.jsonl"
+    if not curated.exists():
+        prepare_pool(pool, curated)
+    flags = ("--reward", STRICT, *STRICT_FLAGS["GRPO"], "--prompts")
+    runs = {name: [Run("grpo.py", f"curation {name}", seed, (*flags, str(path)), (50, 100))
+                   for seed in range(SEEDS)] for name, path in (("pool", pool), ("curated", curated))}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    sizes = [len(path.read_text().splitlines()) for path in (pool, curated)]
+    return [f"{sizes[0]} prompts in the pool, {sizes[1]} of them curated", "",
+            *stage_table(runs, JUDGES[:3]), "", *compare(runs, JUDGES[:3])]
+
+
+def prepare_pool(pool, curated):
+    """The tiny prompts whose images are all right or all wrong, as many others, and what is curated of them.
+    """
+    prompts, (once, again) = TINY / "prompts.jsonl", (f"{base()}-{name}" for name in ("every", "pool"))
+    finish(start("rollout.py", "--name", once, "--prompts", str(prompts), "--reward", STRICT))
+    scores = rollout.score_array(rollout.read_records(ROOT / "rollouts" / once), "strict")
+    kinds = {True: [], False: []}
+    for line, spread in zip(prompts.read_text().splitlines(), rollout.group_ranges(scores)):
+        kinds[spread > 0].append(line)
+    live = random.Random("pool").sample(kinds[True], len(kinds[False]))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    pool.write_text("".join(f"{line}\n" for line in kinds[False] + live))
+    finish(start("rollout.py", "--name", again, "--prompts", str(pool), "--reward", STRICT, "--seed", "1"))
+    finish(start("rollout.py", "--curate", f"rollouts/{again}", "--quantile", "0", "--out", str(curated)))
+
+
 def forks(seconds=240):
     """The patches in tests/forks against the scripts they are of, as many seconds of training each, on the
     aesthetic and the strict reward; ReFL, which needs a gradient, on the naive one alone.
     """
-    sources = {"aesthetic": "aesthetic", "strict": f"strict={TINY / 'world.py'}:strict_reward",
+    sources = {"aesthetic": "aesthetic", "strict": STRICT,
                "palette": f"palette={ROOT / 'tests' / 'forks' / 'palette.py'}:palette"}
     scripts = {"grpo": "grpo.py", "nft": "nft.py"} | {
         patch.stem: patched(patch, BUILD / "forks" / patch.stem)
@@ -427,7 +569,8 @@ def seconds_per_step(run):
     return sum(seconds) / len(seconds)
 
 
-PARTS = {"first": first, "strict": strict, "chain": chain, "forks": forks}
+PARTS = {"first": first, "strict": strict, "chain": chain, "guidance": guidance, "timesteps": timesteps,
+         "curation": curation, "forks": forks}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
