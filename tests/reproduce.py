@@ -7,6 +7,7 @@ into assets/.
     python tests/reproduce.py guidance     # in rollout and objective, in one or neither (Sec. 4.1, Fig. 3)
     python tests/reproduce.py timesteps    # trained on all of them or the noisy ones (Sec. 4.2)
     python tests/reproduce.py curation     # a pool whose every second prompt is dead (Sec. 4.2)
+    python tests/reproduce.py distillation # specialists and their student against Mix-RL (Sec. 4.3)
     python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time
 
 Trainings run side by side, one for every core. What is done already, in this or an earlier call, is not done
@@ -315,34 +316,48 @@ def strict():
     return [*stage_table(runs, JUDGES), "", *stage_table(longer, JUDGES), "", *took]
 
 
+def both_tasks(cfg=None):
+    """A drawing of each task, scored by its rewards."""
+    return tuple(Drawing(task, images, cfg, rewards=True) for task, (*_, images) in TASKS.items())
+
+
+def teach(script, seed):
+    """{task: the training of its teacher}."""
+    return {task: Run(script, task, seed, ("--reward", str(TINY / rewards), "--prompts", str(TINY / prompts),
+                                           "--eval-prompts", str(TINY / heldout)), (steps,), (drawing,))
+            for (task, (rewards, prompts, steps, heldout, _)), drawing in zip(TASKS.items(), both_tasks())}
+
+
+def distil(name, seed, teachers):
+    """The student of {task: teacher}, drawn without guidance."""
+    given = (f"{task}={teacher.folder / 'model'}" for task, teacher in teachers.items())
+    return Run("opd.py", name, seed, ("--teacher", *given), (90,), both_tasks(cfg=1.0))
+
+
 def chain():
     """The README's chain, two teachers and their student, in three seeds, and which share of its teachers'
     gains the student has without guidance.
     """
-    drawings = {task: Drawing(task, TASKS[task][4], rewards=True) for task in TASKS}
-    unguided = {task: drawing._replace(cfg=1.0) for task, drawing in drawings.items()}
-    teachers, students = {}, []
-    for seed in range(SEEDS):
-        for task, (rewards, prompts, steps, heldout, _) in TASKS.items():
-            flags = ("--reward", str(TINY / rewards), "--prompts", str(TINY / prompts), "--eval-prompts",
-                     str(TINY / heldout))
-            teachers[task, seed] = Run("nft.py", task, seed, flags, (steps,), (drawings[task],))
-        given = (f"{task}={teachers[task, seed].folder / 'model'}" for task in TASKS)
-        students.append(Run("opd.py", "student", seed, ("--teacher", *given), (90,),
-                            tuple(unguided.values())))
+    teachers = [teach("nft.py", seed) for seed in range(SEEDS)]
+    students = [distil("student", seed, teachers[seed]) for seed in range(SEEDS)]
     began, fresh = time.time(), not students[0].folder.exists()
-    for run in (*(teachers[task, 0] for task in TASKS), students[0]):
+    for run in (*teachers[0].values(), students[0]):
         train_up_to(run._replace(processes=2), run.stages[-1], table=300)
     took = f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes"
-    base = untrained(*drawings.values(), *unguided.values())
-    queue(base, *([*(teachers[task, seed] for task in TASKS), students[seed]] for seed in range(SEEDS)))
-    drawn = {task: {"base": [base.drawn(0, drawing)], "base, unguided": [base.drawn(0, unguided[task])],
-                    "teacher": [teachers[task, seed].drawn(TASKS[task][2], drawing) for seed in range(SEEDS)],
-                    "student, unguided": [student.drawn(90, unguided[task]) for student in students]}
-             for task, drawing in drawings.items()}
+    base = untrained(*both_tasks(), *both_tasks(cfg=1.0))
+    queue(base, *([*of.values(), student] for of, student in zip(teachers, students)))
+    drawn = {task: {"base": [base.drawn(0, guided)], "base, unguided": [base.drawn(0, unguided)],
+                    "teacher": [last_drawn(of[task], guided) for of in teachers],
+                    "student, unguided": [last_drawn(student, unguided) for student in students]}
+             for task, guided, unguided in zip(TASKS, both_tasks(), both_tasks(cfg=1.0))}
     chain_sheet(ASSETS / "chain.png", {title: folders[0] for title, folders in drawn["edit"].items()
                                        if title != "base, unguided"})
     return [took, ""] * fresh + share_table(drawn) + reward_tables(drawn)
+
+
+def last_drawn(run, drawing):
+    """Where the pictures of the finished model are"""
+    return run.drawn(run.stages[-1], drawing)
 
 
 def share_table(drawn):
@@ -386,7 +401,7 @@ def judged(folder):
             if oracle:
                 record["rewards"][f"oracle-{name}"] = oracle([image], [record["prompt"]], [sources])[0]
     names = {name for record in records for name in record["rewards"]}
-    return {name: rollout.score_array(records, name) for name in names}
+    return {name: rollout.score_array(records, name) for name in (*names, "composite")}
 
 
 def chain_sheet(path, folders):
@@ -407,6 +422,61 @@ def share_of_gain(before, teacher, student, draws=10_000):
     picked = gains[:, np.random.default_rng(0).integers(prompts, size=(draws, prompts))].mean(-1)
     low, high = np.quantile(picked[1] / picked[0], (0.025, 0.975))
     return f"{gains[1].mean() / gains[0].mean():.0%} [{low:.0%}, {high:.0%}]"
+
+
+def distillation():
+    """Sec. 4.3: specialists and their student are said to beat Mix-RL, one training on both tasks; here by
+    NFT on as many pictures and updates of each task as the specialists have together. And what else a student
+    may be of: GRPO's specialists, Mix-RL's model; and its own guidance again.
+    """
+    mixed = BUILD / "mixed.jsonl"  # each task's share of it is like its share of the specialists' steps
+    mixed.parent.mkdir(parents=True, exist_ok=True)
+    t2i, edits = ((TINY / prompts).read_text() for _, prompts, *_ in TASKS.values())
+    mixed.write_text(t2i + 3 * edits.replace('"sources/', f'"{TINY}/sources/'))
+    flags = ("--reward", str(TINY / "rewards_mixed.json"), "--prompts", str(mixed))
+    steps, guided, unguided = sum(task[2] for task in TASKS.values()), both_tasks(), both_tasks(cfg=1.0)
+    drawn, jobs = {task: {} for task in TASKS}, []
+    for seed in range(SEEDS):
+        specialists, others = teach("nft.py", seed), teach("grpo.py", seed)
+        mix = Run("nft.py", "mix", seed, flags, (steps,), guided)
+        students = {"student": distil("student", seed, specialists)._replace(drawings=unguided + guided),
+                    "student of GRPO": distil("student grpo", seed, others),
+                    "student of Mix-RL": distil("student mix", seed, dict.fromkeys(TASKS, mix))}
+        jobs += [[*of, student] for of, student in zip((specialists.values(), others.values(), [mix]),
+                                                       students.values())]
+        for place, task in enumerate(TASKS):
+            who = {"teacher": last_drawn(specialists[task], guided[place]),
+                   "Mix-RL": last_drawn(mix, guided[place])}
+            who |= {f"{name}, unguided": last_drawn(run, unguided[place]) for name, run in students.items()}
+            who |= {"student, guided": last_drawn(students["student"], guided[place]),
+                    "teacher by GRPO": last_drawn(others[task], guided[place])}
+            for name, folder in who.items():
+                drawn[task].setdefault(name, []).append(folder)
+    base = untrained(*guided, *unguided)
+    queue(base, *jobs)
+    lines = []
+    for place, task in enumerate(TASKS):
+        drawn[task] = {"base": [base.drawn(0, guided[place])] * SEEDS} | drawn[task]
+        drawn[task]["base, unguided"] = [base.drawn(0, unguided[place])] * SEEDS
+        lines += ["", *gain_table(task, drawn[task])]
+    return lines
+
+
+def gain_table(task, drawn):
+    """Gains of all seeds together in the composite and in the oracle's strict; drawn {who: folders of all
+    seeds}, the base and the teacher first.
+    """
+    found = {who: [judged(folder) for folder in folders] for who, folders in drawn.items()}
+    scores = {who: {judge: np.concatenate([of[judge] for of in seeds], axis=1)
+                    for judge in ("composite", "oracle-strict")} for who, seeds in found.items()}
+    base, teacher = scores["base"], scores["teacher"]["composite"]
+    lines = [f"| {task} | composite | of the teacher's gain | over Mix-RL | strict |", "|---" * 5 + "|"]
+    for who, of in scores.items():
+        gained, strict = (with_interval(rollout.mean_difference(base[judge], of[judge])) for judge in of)
+        over = with_interval(rollout.mean_difference(scores["Mix-RL"]["composite"], of["composite"]))
+        share = share_of_gain(base["composite"], teacher, of["composite"])
+        lines.append(f"| {who} | {gained} | {share} | {over} | {strict} |")
+    return lines
 
 
 def guidance():
@@ -569,8 +639,8 @@ def seconds_per_step(run):
     return sum(seconds) / len(seconds)
 
 
-PARTS = {"first": first, "strict": strict, "chain": chain, "guidance": guidance, "timesteps": timesteps,
-         "curation": curation, "forks": forks}
+PARTS = {part.__name__: part for part in (first, strict, chain, guidance, timesteps, curation, distillation,
+                                          forks)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
