@@ -8,6 +8,8 @@ into assets/.
     python tests/reproduce.py timesteps    # trained on all of them or the noisy ones (Sec. 4.2)
     python tests/reproduce.py curation     # a pool whose every second prompt is dead (Sec. 4.2)
     python tests/reproduce.py distillation # specialists and their student against Mix-RL (Sec. 4.3)
+    python tests/reproduce.py paradigms    # a reward model of scores against one of preferences (Sec. 3.1)
+    python tests/reproduce.py objective    # what Eq. 6 leaves open
     python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time
 
 Trainings run side by side, one for every core. What is done already, in this or an earlier call, is not done
@@ -18,6 +20,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -594,6 +597,113 @@ def prepare_pool(pool, curated):
     finish(start("rollout.py", "--curate", f"rollouts/{again}", "--quantile", "0", "--out", str(curated)))
 
 
+def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
+    """Sec. 3.1, Fig. 2: reward models of scores are said to beat those of preferences. Here from the same
+    pictures by the same criterion, some of the labels wrong: another picture's score, a pair turned round.
+    """
+    if not (BUILD / "preferences-0.jsonl").exists():
+        label_pictures(wrong)
+    if not (BUILD / "reader").exists():
+        finish(start("-c", "import sys; sys.path.insert(0, 'tests/tiny'); import make; make.make_reader()"))
+    kinds = {"scores": ("--objective", "pointwise", "--batch", "32"),
+             "preferences": ("--objective", "pairwise", "--batch", "16")}  # as many pictures
+    scorers = {f"{kind}, {share:.0%} wrong": BUILD / f"{kind}-{100 * share:.0f}"
+               for share in wrong for kind in kinds}
+
+    def tune(folder):
+        if not folder.exists():
+            finish(start("train_reward.py", "--reward", "aesthetic", *kinds[folder.name.split("-")[0]],
+                         "--base", str(BUILD / "reader"), "--processor", str(TINY / "model" / "processor"),
+                         "--pixels", str(192 * 192), "--data", f"{folder}.jsonl", "--eval-data",
+                         *(str(BUILD / f"paradigms-{part}.jsonl") for part in ("drawn", "samples")),
+                         "--out", str(folder), "--steps", str(steps)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(tune, scorers.values()))
+    runs = {title: [Run("grpo.py", folder.name, seed, ("--reward", f"aesthetic={folder}"))
+                    for seed in range(SEEDS)] for title, folder in scorers.items()}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    lines = ["| trained on | SRCC on drawings, samples, within groups | its own score in training |",
+             "|---" * 3 + "|"]
+    for title, folder in scorers.items():
+        drawn, samples = json.loads((folder / "reward.json").read_text())["held_out"].values()
+        found = ", ".join(f"{srcc:.2f}" for srcc in (drawn["srcc"], samples["srcc"], samples["group_srcc"]))
+        own = " / ".join(f"{rise(run, 'aesthetic'):+.2f}" for run in runs[title])
+        lines.append(f"| {title} | {found} | {own} |")
+    return [*lines, "", *compare(runs, JUDGES[1:4])]
+
+
+def label_pictures(wrong):
+    """Pictures of the training prompts by the base and worse ones, as scores and as pairs of a prompt's."""
+    import make
+    rng = np.random.default_rng(0)
+    train, heldout = ([record["prompt"] for record in make.read_lines(TINY / name)]
+                      for name in ("prompts.jsonl", "heldout.jsonl"))
+    samples = make.base_samples(train, 16, 0)
+    parts = {"train": samples + make.spoiled_samples(rng, samples, 4000),
+             "drawn": make.drawn_samples(rng, 400), "samples": make.base_samples(heldout, 4, 1)}
+    for part, rows in parts.items():
+        make.write_scores("paradigms", part, rows, world.aesthetic_reward)
+        path = BUILD / f"paradigms-{part}.jsonl"
+        make.write_lines(path, [record | {"reward": "aesthetic"} for record in make.read_lines(path)])
+    records = make.read_lines(BUILD / "paradigms-train.jsonl")
+    pairs = make.pairs(rng, records)
+    for share in wrong:
+        others = rng.permutation(len(records))
+        points = [record | {"score": records[other]["score"]} if rng.random() < share else record
+                  for record, other in zip(records, others)]
+        turned = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+                  if rng.random() < share else pair for pair in pairs]
+        make.write_lines(BUILD / f"scores-{100 * share:.0f}.jsonl", points)
+        make.write_lines(BUILD / f"preferences-{100 * share:.0f}.jsonl", turned)
+
+
+def rise(run, reward, count=5):
+    """What a training's own reward rose by, from its first steps to its last."""
+    means = [json.loads(line)["reward"][reward] for line in (run.folder / "log.jsonl").open()]
+    return np.mean(means[-count:]) - np.mean(means[:count])
+
+
+def objective():
+    """What Eq. 6 leaves open, on the strict reward: how steps weigh, noise, which steps, group size with as
+    many pictures, KL, and scores that fail.
+    """
+    kl, lr = ("--kl-coef", "0.1"), ("--lr", "2.56e-4")
+    settings = {
+        "default": kl,
+        "weights as printed": ("--printed-ratio", "--kl-coef", "0.5", "--clip-eps", "0.075", "--grad-clip",
+                               "5"),
+        "2 steps": (*kl, "--train-timesteps", "2"), "all steps": (*kl, "--train-timesteps", "all"),
+        "noise 1.2": (*kl, "--noise-level", "1.2"), "no KL": ("--kl-coef", "0"),
+        "KL 0.4": ("--kl-coef", "0.4"),
+        "32 groups of 4": (*kl, "--prompts-per-step", "32", "--group-size", "4"),
+        "8 groups of 16": (*kl, "--prompts-per-step", "8", "--group-size", "16"),
+        "5% of scores fail": kl, "20% of scores fail": kl}
+    runs = {}
+    for title, flags in settings.items():
+        reward = STRICT
+        if "fail" in title:
+            reward = f"strict={Path(__file__).resolve()}:fails_{title.split('%')[0]}"
+            flags += ("--max-reward-failures", "1")
+        runs[title] = [Run("grpo.py", f"objective {title}", seed, ("--reward", reward, *lr, *flags), (40,))
+                       for seed in range(SEEDS)]
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    return [*stage_table(runs, JUDGES[:3]), "", *compare(runs, JUDGES[:3])]
+
+
+def fails(share, *asked):
+    """The strict reward, of which a share fails."""
+    return [math.nan if random.random() < share else score for score in world.strict_reward(*asked)]
+
+
+def fails_5(images, prompts, sources):
+    return fails(0.05, images, prompts, sources)
+
+
+def fails_20(images, prompts, sources):
+    return fails(0.2, images, prompts, sources)
+
+
 def forks(seconds=240):
     """The patches in tests/forks against the scripts they are of, as many seconds of training each, on the
     aesthetic and the strict reward; ReFL, which needs a gradient, on the naive one alone.
@@ -640,7 +750,7 @@ def seconds_per_step(run):
 
 
 PARTS = {part.__name__: part for part in (first, strict, chain, guidance, timesteps, curation, distillation,
-                                          forks)}
+                                          paradigms, objective, forks)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

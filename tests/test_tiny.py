@@ -158,13 +158,12 @@ def test_held_out_edits_are_many_and_not_trained_on():
         assert world.parse(world.caption(after)) == world.canonical(world.parse(record["after"]))
 
 
-def test_points_and_pairs_are_of_the_same_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "BUILD", tmp_path)
+def test_pairs_are_of_the_pictures_and_by_the_scores_of_the_points():
     rng = np.random.default_rng(11)
-    records = [{"prompt": f"p{i % 5}", "image": f"{i}.png", "score": int(rng.integers(1, 6))}
-               for i in range(40)]
-    make.write_pairs(rng, records)
-    points, pairs = (make.read_lines(tmp_path / f"aesthetic-{kind}.jsonl") for kind in ("points", "pairs"))
-    score = {record["image"]: record["score"] for record in points}
-    assert points == records and len(pairs) > 40
-    assert all(score[pair["chosen"]] > score[pair["rejected"]] for pair in pairs)
+    points = [{"prompt": f"p{i % 5}", "image": f"{i}.png", "score": int(rng.integers(1, 6))}
+              for i in range(40)]
+    pairs, of = make.pairs(rng, points), {record["image"]: record for record in points}
+    assert len(pairs) > 40
+    for pair in pairs:
+        better, worse = of[pair["chosen"]], of[pair["rejected"]]
+        assert better["score"] > worse["score"] and better["prompt"] == worse["prompt"] == pair["prompt"]

@@ -633,7 +633,7 @@ def edit_sources(rng, count, folder):
 
 
 def make_scores():
-    """Scored pictures and pairs for train_reward.py, labelled by the oracle: drawings, samples of the base,
+    """Scored pictures for train_reward.py, labelled by the oracle: drawings, samples of the base,
     and what each scorer needs besides: spoiled samples for the aesthetic, more pairs of drawing and caption
     for the alignment, edits that are half done for theirs."""
     rng = np.random.default_rng(SEED + 2)
@@ -672,7 +672,6 @@ def make_scores():
     for name, parts in data.items():
         for part, rows in parts.items():
             write_scores(name, part, rows, rules[name])
-    write_pairs(rng, read_lines(BUILD / "aesthetic-train.jsonl")[:len(samples) + len(spoiled)])
     examples = []
     for part in ("drawn", "samples"):  # a few stay in git, as an example of the format
         examples += [json.loads(line)
@@ -711,9 +710,9 @@ def write_scores(name, part, rows, rule):
     write_lines(BUILD / f"{name}-{part}.jsonl", records)
 
 
-def write_pairs(rng, records, per_prompt=24):
-    """The same pictures by the same criterion, the score, in both forms of Sec. 3.1: points and pairs"""
-    groups, pairs = {}, []
+def pairs(rng, records, per_prompt=24):
+    """The same pictures by the same criterion, the score, in the other form of Sec. 3.1"""
+    groups, found = {}, []
     for record in records:
         groups.setdefault(record["prompt"], []).append(record)
     for prompt, group in groups.items():
@@ -721,9 +720,8 @@ def write_pairs(rng, records, per_prompt=24):
             worse, better = sorted((group[i] for i in rng.choice(len(group), 2, replace=False)),
                                    key=lambda record: record["score"])
             if worse["score"] < better["score"]:
-                pairs.append({"prompt": prompt, "chosen": better["image"], "rejected": worse["image"]})
-    write_lines(BUILD / "aesthetic-points.jsonl", records)
-    write_lines(BUILD / "aesthetic-pairs.jsonl", pairs)
+                found.append({"prompt": prompt, "chosen": better["image"], "rejected": worse["image"]})
+    return found
 
 
 READER = BUILD / "reader"
@@ -763,7 +761,7 @@ ORDER = (  # chains of stages side by side, one core each
 CORES = 2  # how many threads a stage has decides its bits
 
 
-UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "aesthetic-pairs.jsonl"}  # not in git
+UNKEPT = {"reader": BUILD / "reader", "scores": BUILD / "consistency-samples.jsonl"}  # not in git
 
 
 def run_stage(name, threads):
