@@ -9,6 +9,8 @@ into assets/.
     python tests/reproduce.py curation     # a pool whose every second prompt is dead (Sec. 4.2)
     python tests/reproduce.py distillation # specialists and their student against Mix-RL (Sec. 4.3)
     python tests/reproduce.py paradigms    # a reward model of scores against one of preferences (Sec. 3.1)
+    python tests/reproduce.py weights      # rewards normalised or not, weights by category or not (Eq. 13)
+    python tests/reproduce.py reasoning    # an alignment scorer that says what it sees (Sec. 3)
     python tests/reproduce.py objective    # what Eq. 6 leaves open
     python tests/reproduce.py forks        # the algorithms in tests/forks, at equal time
 
@@ -38,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
 
+import make
 import model
 import rollout
 import world
@@ -601,52 +604,48 @@ def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
     """Sec. 3.1, Fig. 2: reward models of scores are said to beat those of preferences. Here from the same
     pictures by the same criterion, some of the labels wrong: another picture's score, a pair turned round.
     """
-    if not (BUILD / "preferences-0.jsonl").exists():
-        label_pictures(wrong)
-    if not (BUILD / "reader").exists():
-        finish(start("-c", "import sys; sys.path.insert(0, 'tests/tiny'); import make; make.make_reader()"))
-    kinds = {"scores": ("--objective", "pointwise", "--batch", "32"),
-             "preferences": ("--objective", "pairwise", "--batch", "16")}  # as many pictures
-    scorers = {f"{kind}, {share:.0%} wrong": BUILD / f"{kind}-{100 * share:.0f}"
-               for share in wrong for kind in kinds}
-
-    def tune(folder):
-        if not folder.exists():
-            finish(start("train_reward.py", "--reward", "aesthetic", *kinds[folder.name.split("-")[0]],
-                         "--base", str(BUILD / "reader"), "--processor", str(TINY / "model" / "processor"),
-                         "--pixels", str(192 * 192), "--data", f"{folder}.jsonl", "--eval-data",
-                         *(str(BUILD / f"paradigms-{part}.jsonl") for part in ("drawn", "samples")),
-                         "--out", str(folder), "--steps", str(steps)))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(tune, scorers.values()))
-    runs = {title: [Run("grpo.py", folder.name, seed, ("--reward", f"aesthetic={folder}"))
-                    for seed in range(SEEDS)] for title, folder in scorers.items()}
-    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
-    lines = ["| trained on | SRCC on drawings, samples, within groups | its own score in training |",
-             "|---" * 3 + "|"]
-    for title, folder in scorers.items():
-        drawn, samples = json.loads((folder / "reward.json").read_text())["held_out"].values()
-        found = ", ".join(f"{srcc:.2f}" for srcc in (drawn["srcc"], samples["srcc"], samples["group_srcc"]))
-        own = " / ".join(f"{rise(run, 'aesthetic'):+.2f}" for run in runs[title])
-        lines.append(f"| {title} | {found} | {own} |")
-    return [*lines, "", *compare(runs, JUDGES[1:4])]
+    folder, kinds = BUILD / "paradigms", {
+        "scores": ("--objective", "pointwise", "--batch", "32"),
+        "preferences": ("--objective", "pairwise", "--batch", "16")}  # as many pictures
+    if not (folder / f"preferences-{100 * wrong[-1]:.0f}.jsonl").exists():
+        label_pictures(folder, wrong)
+    return tune_and_train("aesthetic", {
+        f"{kind}, {share:.0%} wrong": (folder / f"{kind}-{100 * share:.0f}", "--steps", str(steps), *flags)
+        for share in wrong for kind, flags in kinds.items()})
 
 
-def label_pictures(wrong):
-    """Pictures of the training prompts by the base and worse ones, as scores and as pairs of a prompt's."""
-    import make
+def reasoning(steps=1500):
+    """Sec. 3: chain of thought before the score, for the alignment scorer: the same pictures with and without.
+    """
+    folder = BUILD / "reasoning"
+    if not (folder / "without.jsonl").exists():
+        records = score_pictures("alignment", folder, drawn=5000)
+        plain = [{key: value for key, value in record.items() if key != "reasoning"} for record in records]
+        make.write_lines(folder / "with.jsonl", records)
+        make.write_lines(folder / "without.jsonl", plain)
+    return tune_and_train("alignment", {name: (folder / name, "--steps", str(steps))
+                                        for name in ("with", "without")})
+
+
+def score_pictures(reward, folder, spoiled=0, drawn=0):
+    """Samples of the base for the training prompts, so many of them spoiled, and so many drawings, scored by
+    the oracle: records. The held-out ones go into the same folder.
+    """
     rng = np.random.default_rng(0)
     train, heldout = ([record["prompt"] for record in make.read_lines(TINY / name)]
                       for name in ("prompts.jsonl", "heldout.jsonl"))
     samples = make.base_samples(train, 16, 0)
-    parts = {"train": samples + make.spoiled_samples(rng, samples, 4000),
-             "drawn": make.drawn_samples(rng, 400), "samples": make.base_samples(heldout, 4, 1)}
+    more = make.spoiled_samples(rng, samples, spoiled) + make.drawn_samples(rng, drawn)
+    parts = {"train": samples + more, "drawn": make.drawn_samples(rng, 400),
+             "samples": make.base_samples(heldout, 4, 1)}
     for part, rows in parts.items():
-        make.write_scores("paradigms", part, rows, world.aesthetic_reward)
-        path = BUILD / f"paradigms-{part}.jsonl"
-        make.write_lines(path, [record | {"reward": "aesthetic"} for record in make.read_lines(path)])
-    records = make.read_lines(BUILD / "paradigms-train.jsonl")
+        make.write_scores(reward, part, rows, getattr(world, f"{reward}_reward"), folder)
+    return make.read_lines(folder / f"{reward}-train.jsonl")
+
+
+def label_pictures(folder, wrong):
+    """The same pictures as scores and as pairs of a prompt's, shares of them wrong."""
+    records, rng = score_pictures("aesthetic", folder, spoiled=4000), np.random.default_rng(1)
     pairs = make.pairs(rng, records)
     for share in wrong:
         others = rng.permutation(len(records))
@@ -654,8 +653,37 @@ def label_pictures(wrong):
                   for record, other in zip(records, others)]
         turned = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
                   if rng.random() < share else pair for pair in pairs]
-        make.write_lines(BUILD / f"scores-{100 * share:.0f}.jsonl", points)
-        make.write_lines(BUILD / f"preferences-{100 * share:.0f}.jsonl", turned)
+        make.write_lines(folder / f"scores-{100 * share:.0f}.jsonl", points)
+        make.write_lines(folder / f"preferences-{100 * share:.0f}.jsonl", turned)
+
+
+def tune_and_train(reward, scorers):
+    """Reward models of a kind, and policies trained on each; scorers {title: (where it is to be, its data
+    beside that, flags)}.
+    """
+    if not make.READER.exists():
+        finish(start("-c", "import sys; sys.path.insert(0, 'tests/tiny'); import make; make.make_reader()"))
+
+    def tune(folder, *flags):
+        if not folder.exists():
+            finish(start("train_reward.py", "--reward", reward, "--base", str(make.READER), "--processor",
+                         str(make.OUT / "processor"), "--pixels", str(make.SCORER_PIXELS), *flags,
+                         "--data", f"{folder}.jsonl", "--out", str(folder), "--eval-data",
+                         *(str(folder.parent / f"{reward}-{part}.jsonl") for part in make.PARTS)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda scorer: tune(*scorer), scorers.values()))
+    runs = {title: [Run("grpo.py", f"{reward} {folder.name}", seed, ("--reward", f"{reward}={folder}"))
+                    for seed in range(SEEDS)] for title, (folder, *_) in scorers.items()}
+    queue(untrained(), *(run for seeds in runs.values() for run in seeds))
+    lines = ["| trained on | SRCC on drawings, samples, within groups | its own score in training |",
+             "|---" * 3 + "|"]
+    for title, (folder, *_) in scorers.items():
+        drawn, samples = json.loads((folder / "reward.json").read_text())["held_out"].values()
+        found = ", ".join(f"{srcc:.2f}" for srcc in (drawn["srcc"], samples["srcc"], samples["group_srcc"]))
+        own = " / ".join(f"{rise(run, reward):+.2f}" for run in runs[title])
+        lines.append(f"| {title} | {found} | {own} |")
+    return [*lines, "", *compare(runs, JUDGES[1:4])]
 
 
 def rise(run, reward, count=5):
@@ -692,8 +720,9 @@ def objective():
 
 
 def fails(share, *asked):
-    """The strict reward, of which a share fails."""
-    return [math.nan if random.random() < share else score for score in world.strict_reward(*asked)]
+    """The strict reward, of which a share fails, always for the same pictures."""
+    return [math.nan if random.Random(image.tobytes()).random() < share else score
+            for image, score in zip(asked[0], world.strict_reward(*asked))]
 
 
 def fails_5(images, prompts, sources):
@@ -702,6 +731,33 @@ def fails_5(images, prompts, sources):
 
 def fails_20(images, prompts, sources):
     return fails(0.2, images, prompts, sources)
+
+
+def weights():
+    """Eq. 13: every reward is normalised on its own before they are added up, against the sum of raw scores,
+    one of them on a scale ten times the other's. Sec. 3.2: weights of a category's own against one vector.
+    """
+    rewards = STRICT, f"tenfold={Path(__file__).resolve()}:tenfold"
+    scripts = {"each normalised": "grpo.py",
+               "raw sum": patched(ROOT / "tests" / "forks" / "rawsum.patch", BUILD / "forks" / "rawsum")}
+    sums = {title: [Run(str(script), title, seed, ("--reward", *rewards, "--lr", "2.56e-4"), (40,))
+                    for seed in range(SEEDS)] for title, script in scripts.items()}
+    one = BUILD / "one_vector.json"
+    one.write_text(json.dumps({"rewards": {"alignment": {"weight": 0.5}, "aesthetic": {"weight": 0.5}}}))
+    own = [teach("nft.py", seed)["t2i"]._replace(drawings=(Drawing(),)) for seed in range(SEEDS)]
+    same = [run._replace(what="one vector", flags=("--reward", str(one), *run.flags[2:])) for run in own]
+    queue(untrained(), *own, *same, *(run for seeds in sums.values() for run in seeds))
+    lines = compare(sums, JUDGES[1:3])
+    rows = rollout.category_rows(rollout.read_records(last_drawn(untrained(), Drawing())))
+    for category, of in rows.items():
+        lines += ["", f"{category}:", "",
+                  *compare({"weights by category": own, "one vector": same}, ORACLES[:3], rows=of)]
+    return lines
+
+
+def tenfold(images, prompts, sources):
+    """The oracle's aesthetic on a scale of 10 to 50"""
+    return [10 * score for score in world.aesthetic_reward(images, prompts, sources)]
 
 
 def forks(seconds=240):
@@ -750,7 +806,8 @@ def seconds_per_step(run):
 
 
 PARTS = {part.__name__: part for part in (first, strict, chain, guidance, timesteps, curation, distillation,
-                                          paradigms, objective, forks)}
+                                          paradigms, weights, reasoning, objective,
+                                          forks)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

@@ -693,21 +693,21 @@ def reasoning(prompt, image, source=None):
     return f"{world.describe(before)}; asked {world.describe(world.edited(before, prompt))}"
 
 
-def write_scores(name, part, rows, rule):
+def write_scores(name, part, rows, rule, folder=BUILD):
     """Pictures [(prompt, image, source?)] as files and their scores as JSON Lines. Where content counts, the
     reasoning says what is seen: a tiny VLM learns to compare much better with it."""
-    (BUILD / name / part).mkdir(parents=True, exist_ok=True)
+    (folder / name / part).mkdir(parents=True, exist_ok=True)
     records, sources = [], {}  # a source is saved once, so that its samples are a group
     for i, (prompt, image, *source) in enumerate(rows):
         record = {"reward": name, "prompt": prompt, "image": f"{name}/{part}/{i:05d}.png"}
-        image.save(BUILD / record["image"])
+        image.save(folder / record["image"])
         if source:
             record["source"] = sources.setdefault(source[0].tobytes(), f"{name}/{part}/{i:05d}-source.png")
-            source[0].save(BUILD / record["source"])
+            source[0].save(folder / record["source"])
         if name in ("alignment", "instruction"):
             record["reasoning"] = reasoning(prompt, image, *source)
         records.append(record | {"score": round(rule([image], [prompt], [source])[0], 3)})
-    write_lines(BUILD / f"{name}-{part}.jsonl", records)
+    write_lines(folder / f"{name}-{part}.jsonl", records)
 
 
 def pairs(rng, records, per_prompt=24):
