@@ -615,8 +615,7 @@ def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
 
 
 def reasoning(steps=1500):
-    """Sec. 3: chain of thought before the score, for the alignment scorer: the same pictures with and without.
-    """
+    """Sec. 3: chain of thought before the alignment's score; the same pictures with and without."""
     folder = BUILD / "reasoning"
     if not (folder / "without.jsonl").exists():
         records = score_pictures("alignment", folder, drawn=5000)
