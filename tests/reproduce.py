@@ -568,9 +568,8 @@ def timesteps():
 
 
 def curation():
-    """Sec. 4.2: prompts whose images all score alike are filtered out. The strict reward on a pool of as many
-    dead prompts, always right or always wrong, as live ones, against what rollout.py curates of it; which
-    prompts are dead, other noise has said.
+    """Sec. 4.2: prompts whose images all score alike are filtered out. The strict reward on a pool of which
+    half is nearly always right or wrong, against what rollout.py keeps of it, on other noise.
     """
     pool, curated = BUILD / f"{base()}-pool.jsonl", BUILD / f"{base()}-curated.jsonl"
     if not curated.exists():
@@ -584,20 +583,20 @@ def curation():
             *stage_table(runs, JUDGES[:3]), "", *compare(runs, JUDGES[:3])]
 
 
-def prepare_pool(pool, curated):
-    """The tiny prompts whose images are all right or all wrong, as many others, and what is curated of them.
+def prepare_pool(pool, curated, group=16):
+    """The quarter of the tiny prompts that are most often all right or all wrong, the quarter that are least,
+    and what is curated of them.
     """
     prompts, (once, again) = TINY / "prompts.jsonl", (f"{base()}-{name}" for name in ("every", "pool"))
-    finish(start("rollout.py", "--name", once, "--prompts", str(prompts), "--reward", STRICT))
-    scores = rollout.score_array(rollout.read_records(ROOT / "rollouts" / once), "strict")
-    kinds = {True: [], False: []}
-    for line, spread in zip(prompts.read_text().splitlines(), rollout.group_ranges(scores)):
-        kinds[spread > 0].append(line)
-    live = random.Random("pool").sample(kinds[True], len(kinds[False]))
+    finish(start("rollout.py", "--name", once, "--prompts", str(prompts), "--reward", STRICT, "--group-size",
+                 str(group)))
+    share = rollout.score_array(rollout.read_records(ROOT / "rollouts" / once), "strict").mean(1)
+    lines, order = prompts.read_text().splitlines(), np.argsort(-abs(share - 0.5), kind="stable")
+    quarter = len(lines) // 4
     BUILD.mkdir(parents=True, exist_ok=True)
-    pool.write_text("".join(f"{line}\n" for line in kinds[False] + live))
+    pool.write_text("".join(f"{lines[i]}\n" for i in (*order[:quarter], *order[-quarter:])))
     finish(start("rollout.py", "--name", again, "--prompts", str(pool), "--reward", STRICT, "--seed", "1"))
-    finish(start("rollout.py", "--curate", f"rollouts/{again}", "--quantile", "0", "--out", str(curated)))
+    finish(start("rollout.py", "--curate", f"rollouts/{again}", "--min-range", "0", "--out", str(curated)))
 
 
 def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
