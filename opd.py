@@ -70,7 +70,7 @@ def parse_args(argv=None):
         help="prompts of the sample pictures and of the final table (default: the tiny world's)")
     add("--name", type=directory_name,
         help="directory under runs/ (default: made from tasks, seed and a number)")
-    add("--steps", type=bounded(int, 1), default=45, help="rollouts to train on (default: %(default)s)")
+    add("--steps", type=bounded(int, 1), default=90, help="rollouts to train on (default: %(default)s)")
     add("--seed", type=bounded(int, 0, 10**12), default=0,
         help="decides prompts, their order and all noise (default: %(default)s)")
     add("--save-every", type=bounded(int, 0), default=50, metavar="STEPS",
