@@ -310,7 +310,7 @@ def strict():
     stages = {"GRPO": (50, 100, 150, 200, 300), "NFT": (50, 100, 150, 200)}
     runs = {title: [Run(f"{title.lower()}.py", "strict", seed, ("--reward", STRICT, *flags), stages[title])
                     for seed in range(SEEDS)] for title, flags in STRICT_FLAGS.items()}
-    hour = runs["NFT"][0]._replace(stages=(200, 400, 600))
+    hour = runs["NFT"][0]._replace(stages=(200, 400, 500))
     queue(untrained(), [runs["NFT"][0], hour], *runs["GRPO"], *runs["NFT"][1:])
     stage_chart(ASSETS / "strict_curve.png",
                 {title: (seeds, "oracle-strict") for title, seeds in runs.items()},
