@@ -6,7 +6,7 @@ into assets/.
     python tests/reproduce.py chain        # the README's chain, its time and what its student keeps
     python tests/reproduce.py guidance     # in rollout and objective, in one or neither (Sec. 4.1, Fig. 3)
     python tests/reproduce.py timesteps    # trained on all of them or the noisy ones (Sec. 4.2)
-    python tests/reproduce.py curation     # a pool whose every second prompt is dead (Sec. 4.2)
+    python tests/reproduce.py curation     # a pool of which half is nearly always right or wrong (Sec. 4.2)
     python tests/reproduce.py distillation # specialists and their student against Mix-RL (Sec. 4.3)
     python tests/reproduce.py paradigms    # a reward model of scores against one of preferences (Sec. 3.1)
     python tests/reproduce.py weights      # rewards normalised or not, weights by category or not (Eq. 13)
@@ -48,6 +48,7 @@ import world
 ASSETS, TINY, BUILD = ROOT / "assets", ROOT / "tests" / "tiny", ROOT / "tests" / "tiny" / "build"
 ORACLES = ["oracle-aesthetic", "oracle-strict", "oracle-alignment", "oracle-palette"]
 JUDGES = ["aesthetic", *ORACLES]
+GUIDANCE = model.sampling_settings(TINY / "model")[2]
 SEEDS = 3
 STRICT = f"strict={TINY / 'world.py'}:strict_reward"
 # chosen on seed 3
@@ -80,8 +81,8 @@ def base():
 
 
 class Drawing(NamedTuple):
-    """Held-out prompts of a task, so many images of each, at a guidance scale (None: the checkpoint's),
-    judged by the task's rewards or by the aesthetic scorer and the oracle
+    """Held-out prompts of a task, so many images of each, at a guidance scale (None: the base's), judged by
+    the task's rewards or by the aesthetic scorer and the oracle
     """
 
     task: str = "t2i"
@@ -136,7 +137,7 @@ def carry_out(run):
                          str(run.folder / "model" if steps else TINY / "model"), "--prompts",
                          str(TINY / heldout), "--group-size", str(drawing.images), "--reward",
                          *([str(TINY / rewards)] if drawing.rewards else sources),
-                         *(["--cfg", str(drawing.cfg)] if drawing.cfg is not None else [])))
+                         "--cfg", str(GUIDANCE if drawing.cfg is None else drawing.cfg)))
 
 
 def is_complete(folder, drawing):
@@ -198,23 +199,36 @@ def stage_table(groups, judges, drawing=None):
     return lines
 
 
-def compare(groups, judges, drawing=None, rows=slice(None)):
-    """Gains of all seeds together after the last stage, over the base and over the first group, on all or
-    some of the prompts; groups {title: the runs of all seeds}.
-    """
-    def together(runs, judge):
-        return np.concatenate([run.scores(judge, None, drawing) for run in runs], axis=1)[rows]
+def finished(runs, judges, drawing=None):
+    """[{judge: (P, G)}] of the finished models of all seeds."""
+    return [{judge: run.scores(judge, None, drawing) for judge in judges} for run in runs]
 
+
+def compare(base, groups, rows=slice(None)):
+    """Gains over the base and over the first group: of every seed, and of all together with an interval over
+    prompts, all of them or some. groups {title: [{judge: (P, G)}] of all seeds}; base as one seed.
+    """
+    judges = list(base)
     lines = [f"| | {' | '.join(judges)} |", "|---" * (1 + len(judges)) + "|"]
     (name, first), *others = groups.items()
-    base = [untrained(drawing or first[0].drawings[0])] * len(first)
-    pairs = {title: (base, runs) for title, runs in groups.items()}
-    pairs |= {f"{title}, over {name}": (first, runs) for title, runs in others}
+    pairs = {title: ([base] * len(seeds), seeds) for title, seeds in groups.items()}
+    pairs |= {f"{title}, over {name}": (first, seeds) for title, seeds in others}
     for title, (before, after) in pairs.items():
-        gains = [with_interval(rollout.mean_difference(together(before, judge), together(after, judge)))
-                 for judge in judges]
-        lines.append(f"| {title} | {' | '.join(gains)} |")
+        cells = []
+        for judge in judges:
+            arrays = [[seed[judge][rows] for seed in seeds] for seeds in (before, after)]
+            each = " / ".join(f"{rollout.mean_difference(*pair)[0]:+.3f}" for pair in zip(*arrays))
+            together = rollout.mean_difference(*(np.concatenate(of, axis=1) for of in arrays))
+            cells.append(f"{each}; {with_interval(together)}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
+
+
+def compare_runs(groups, judges, drawing=None, rows=slice(None)):
+    """`compare` for {title: the runs of all seeds}."""
+    drawing = drawing or next(iter(groups.values()))[0].drawings[0]
+    [base] = finished([untrained(drawing)], judges, drawing)
+    return compare(base, {title: finished(runs, judges, drawing) for title, runs in groups.items()}, rows)
 
 
 def stage_chart(path, lines, title):
@@ -347,7 +361,7 @@ def chain():
     """
     teachers = [teach("nft.py", seed) for seed in range(SEEDS)]
     students = [distil("student", seed, teachers[seed]) for seed in range(SEEDS)]
-    began, fresh = time.time(), not students[0].folder.exists()
+    began, fresh = time.time(), not any(run.folder.exists() for run in (*teachers[0].values(), students[0]))
     for run in (*teachers[0].values(), students[0]):
         train_up_to(run._replace(processes=2), run.stages[-1], table=300)
     took = f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes"
@@ -477,7 +491,8 @@ def gain_table(task, drawn):
     scores = {who: {judge: np.concatenate([of[judge] for of in seeds], axis=1)
                     for judge in ("composite", "oracle-strict")} for who, seeds in found.items()}
     base, teacher = scores["base"], scores["teacher"]["composite"]
-    lines = [f"| {task} | composite | of the teacher's gain | over Mix-RL | strict |", "|---" * 5 + "|"]
+    lines = [f"| {task} | composite | of the NFT teacher's gain | over Mix-RL, guided | strict |",
+             "|---" * 5 + "|"]
     for who, of in scores.items():
         gained, strict = (with_interval(rollout.mean_difference(base[judge], of[judge])) for judge in of)
         over = with_interval(rollout.mean_difference(scores["Mix-RL"]["composite"], of["composite"]))
@@ -503,10 +518,10 @@ def guidance():
     lines = []
     for drawing, how in zip(drawings, ("with guidance", "without")):
         lines += ["", f"Drawn {how}:", "", *stage_table(runs, JUDGES[:3], drawing), "",
-                  *compare(runs, JUDGES[:3], drawing)]
+                  *compare_runs(runs, JUDGES[:3], drawing)]
     rows = rollout.category_rows(rollout.read_records(untrained().drawn(0, drawings[0])))
     for category, of in rows.items():
-        lines += ["", f"{category}, with guidance:", "", *compare(runs, ["oracle-strict"], rows=of)]
+        lines += ["", f"{category}, with guidance:", "", *compare_runs(runs, ["oracle-strict"], rows=of)]
     lines += ["", "| rms | conditional velocity moved | unconditional moved | difference of the two |",
               "|---|---|---|---|"]
     roots = {"base": [TINY / "model"]} | {title: [run.folder / "model" for run in seeds]
@@ -565,7 +580,10 @@ def timesteps():
               for title, seeds in runs.items()}
     model.line_chart(ASSETS / "timesteps.png", curves, "the judge, by the proxy that is trained on",
                      "proxy: closeness to the palette")
-    return [*stage_table(runs, JUDGES[1:]), "", *compare(runs, JUDGES[1:])]
+    lines = stage_table(runs, JUDGES[1:])
+    for script in ("GRPO", "NFT"):
+        lines += ["", *compare_runs({title: of for title, of in runs.items() if script in title}, JUDGES[1:])]
+    return lines
 
 
 def curation():
@@ -579,9 +597,12 @@ def curation():
     runs = {name: [Run("grpo.py", f"curation {name}", seed, (*flags, str(path)), (50, 100))
                    for seed in range(SEEDS)] for name, path in (("pool", pool), ("curated", curated))}
     queue(untrained(), *(run for seeds in runs.values() for run in seeds))
-    sizes = [len(path.read_text().splitlines()) for path in (pool, curated)]
-    return [f"{sizes[0]} prompts in the pool, {sizes[1]} of them curated", "",
-            *stage_table(runs, JUDGES[:3]), "", *compare(runs, JUDGES[:3])]
+    lines = []
+    for (name, seeds), path in zip(runs.items(), (pool, curated)):
+        constant = np.mean([json.loads(line)["constant_groups"] for run in seeds
+                            for line in (run.folder / "log.jsonl").open()])
+        lines.append(f"{name}: {len(path.read_text().splitlines())} prompts, {constant:.0%} constant groups")
+    return [*lines, "", *stage_table(runs, JUDGES[:3]), "", *compare_runs(runs, JUDGES[:3])]
 
 
 def prepare_pool(pool, curated, group=16):
@@ -604,7 +625,7 @@ def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
     """Sec. 3.1, Fig. 2: reward models of scores are said to beat those of preferences. Here from the same
     pictures by the same criterion, some of the labels wrong: another picture's score, a pair turned round.
     """
-    folder, kinds = BUILD / "paradigms", {
+    folder, kinds = BUILD / f"{base()}-paradigms-{steps}", {
         "scores": ("--objective", "pointwise", "--batch", "32"),
         "preferences": ("--objective", "pairwise", "--batch", "16")}  # as many pictures
     if not (folder / f"preferences-{100 * wrong[-1]:.0f}.jsonl").exists():
@@ -616,7 +637,7 @@ def paradigms(wrong=(0, 0.1, 0.25), steps=1000):
 
 def reasoning(steps=1500):
     """Sec. 3: chain of thought before the alignment's score; the same pictures with and without."""
-    folder = BUILD / "reasoning"
+    folder = BUILD / f"{base()}-reasoning-{steps}"
     if not (folder / "without.jsonl").exists():
         records = score_pictures("alignment", folder, drawn=5000)
         plain = [{key: value for key, value in record.items() if key != "reasoning"} for record in records]
@@ -664,25 +685,31 @@ def tune_and_train(reward, scorers):
         finish(start("-c", "import sys; sys.path.insert(0, 'tests/tiny'); import make; make.make_reader()"))
 
     def tune(folder, *flags):
+        resume = ["--resume"] if Path(f"{folder}.part").exists() else []
         if not folder.exists():
-            finish(start("train_reward.py", "--reward", reward, "--base", str(make.READER), "--processor",
-                         str(make.OUT / "processor"), "--pixels", str(make.SCORER_PIXELS), *flags,
-                         "--data", f"{folder}.jsonl", "--out", str(folder), "--eval-data",
+            finish(start("train_reward.py", "--reward", reward, *resume, "--base", str(make.READER),
+                         "--processor", str(make.OUT / "processor"), "--pixels", str(make.SCORER_PIXELS),
+                         *flags, "--data", f"{folder}.jsonl", "--out", str(folder), "--eval-data",
                          *(str(folder.parent / f"{reward}-{part}.jsonl") for part in make.PARTS)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda scorer: tune(*scorer), scorers.values()))
-    runs = {title: [Run("grpo.py", f"{reward} {folder.name}", seed, ("--reward", f"{reward}={folder}"))
-                    for seed in range(SEEDS)] for title, (folder, *_) in scorers.items()}
+    runs = {title: [Run("grpo.py", f"{folder.parent.name.partition('-')[2]} {folder.name}", seed,
+                        ("--reward", f"{reward}={folder}")) for seed in range(SEEDS)]
+            for title, (folder, *_) in scorers.items()}
     queue(untrained(), *(run for seeds in runs.values() for run in seeds))
-    lines = ["| trained on | SRCC on drawings, samples, within groups | its own score in training |",
+    lines = ["| one scorer each | SRCC: drawings, samples, in groups | rises in training, in its units |",
              "|---" * 3 + "|"]
     for title, (folder, *_) in scorers.items():
         drawn, samples = json.loads((folder / "reward.json").read_text())["held_out"].values()
-        found = ", ".join(f"{srcc:.2f}" for srcc in (drawn["srcc"], samples["srcc"], samples["group_srcc"]))
+        found = ", ".join(f"{of.get(kind) or math.nan:.2f}" for of, kind in (
+            (drawn, "srcc"), (samples, "srcc"), (samples, "group_srcc")))
         own = " / ".join(f"{rise(run, reward):+.2f}" for run in runs[title])
         lines.append(f"| {title} | {found} | {own} |")
-    return [*lines, "", *compare(runs, JUDGES[1:4])]
+    titles = list(runs)
+    for pair in zip(titles[::2], titles[1::2]):  # the two kinds with as many wrong labels
+        lines += ["", *compare_runs({title: runs[title] for title in pair}, JUDGES[1:4])]
+    return lines
 
 
 def rise(run, reward, count=5):
@@ -715,7 +742,7 @@ def objective():
         runs[title] = [Run("grpo.py", f"objective {title}", seed, ("--reward", reward, *lr, *flags), (40,))
                        for seed in range(SEEDS)]
     queue(untrained(), *(run for seeds in runs.values() for run in seeds))
-    return [*stage_table(runs, JUDGES[:3]), "", *compare(runs, JUDGES[:3])]
+    return [*stage_table(runs, JUDGES[:3]), "", *compare_runs(runs, JUDGES[:3])]
 
 
 def fails(share, *asked):
@@ -741,22 +768,27 @@ def weights():
                "raw sum": patched(ROOT / "tests" / "forks" / "rawsum.patch", BUILD / "forks" / "rawsum")}
     sums = {title: [Run(str(script), title, seed, ("--reward", *rewards, "--lr", "2.56e-4"), (40,))
                     for seed in range(SEEDS)] for title, script in scripts.items()}
-    one = BUILD / "one_vector.json"
-    one.write_text(json.dumps({"rewards": {"alignment": {"weight": 0.5}, "aesthetic": {"weight": 0.5}}}))
-    own = [teach("nft.py", seed)["t2i"]._replace(drawings=(Drawing(),)) for seed in range(SEEDS)]
+    one, names = BUILD / "one_vector.json", ("alignment", "aesthetic", "portrait")
+    one.write_text(json.dumps({"rewards": {name: {"weight": 1 / len(names)} for name in names}}))
+    own = [teach("nft.py", seed)["t2i"] for seed in range(SEEDS)]
     same = [run._replace(what="one vector", flags=("--reward", str(one), *run.flags[2:])) for run in own]
-    queue(untrained(), *own, *same, *(run for seeds in sums.values() for run in seeds))
-    lines = compare(sums, JUDGES[1:3])
-    rows = rollout.category_rows(rollout.read_records(last_drawn(untrained(), Drawing())))
-    for category, of in rows.items():
+    drawing = own[0].drawings[0]
+    queue(untrained(Drawing(), drawing), *own, *same, *(run for seeds in sums.values() for run in seeds))
+    lines = compare_runs(sums, JUDGES[1:3])
+    vectors = {title: [judged(last_drawn(run, drawing)) for run in runs]
+               for title, runs in {"weights by category": own, "one vector": same}.items()}
+    drawn = untrained().drawn(0, drawing)
+    before, rows = judged(drawn), rollout.category_rows(rollout.read_records(drawn))
+    for category in ("portrait", "typography", "relation"):
+        judges = [f"oracle-{name}" for name in names if name != "portrait" or category == "portrait"]
         lines += ["", f"{category}:", "",
-                  *compare({"weights by category": own, "one vector": same}, ORACLES[:3], rows=of)]
+                  *compare({judge: before[judge] for judge in judges}, vectors, rows[category])]
     return lines
 
 
 def tenfold(images, prompts, sources):
-    """The oracle's aesthetic on a scale of 10 to 50"""
-    return [10 * score for score in world.aesthetic_reward(images, prompts, sources)]
+    """The oracle's aesthetic, on a scale ten times that of strict"""
+    return [10 * (score - 1) / 4 for score in world.aesthetic_reward(images, prompts, sources)]
 
 
 def forks(seconds=240):
