@@ -364,7 +364,7 @@ def chain():
     began, fresh = time.time(), not any(run.folder.exists() for run in (*teachers[0].values(), students[0]))
     for run in (*teachers[0].values(), students[0]):
         train_up_to(run._replace(processes=2), run.stages[-1], table=300)
-    took = f"seed 0 alone, with final tables: {(time.time() - began) / 60:.1f} minutes"
+    took = f"seed 0 alone, with the teachers' final tables: {(time.time() - began) / 60:.1f} minutes"
     base = untrained(*both_tasks(), *both_tasks(cfg=1.0))
     queue(base, *([*of.values(), student] for of, student in zip(teachers, students)))
     drawn = {task: {"base": [base.drawn(0, guided)], "base, unguided": [base.drawn(0, unguided)],
